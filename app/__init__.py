@@ -1,0 +1,76 @@
+"""The application factory and the extensions."""
+
+import logging
+
+import flask
+from flask.logging import default_handler
+from flask_cors import CORS
+from flask_limiter import Limiter
+from flask_limiter.util import get_remote_address
+from flask_login import LoginManager
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from app.sql import Base, engine_options, prepare
+from config import SETTINGS, Config
+
+db = SQLAlchemy(model_class=Base)
+migrate = Migrate(db=db, render_as_batch=True)
+login_manager = LoginManager()
+cors = CORS()
+limiter = Limiter(get_remote_address, strategy="moving-window")
+
+
+def create_app(config=None):
+    """Make the application.
+
+    `config`, a mapping or an object with upper-case attributes, is laid over the environment's settings.
+    Raises config.ConfigError for a setting that is wrong.
+    """
+    from app.routes import auth, chat, init_app
+
+    app = flask.Flask(__name__)
+    app.config.update(settings(config))
+    app.logger.setLevel(logging.INFO)
+    default_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=app.config["TRUSTED_PROXIES"], x_proto=app.config["TRUSTED_PROXIES"])
+
+    db.init_app(app)
+    with app.app_context():
+        prepare(db.engine)
+    migrate.init_app(app)
+    login_manager.init_app(app, add_context_processor=False)
+    limiter.init_app(app)
+
+    init_app(app)
+    app.register_blueprint(auth.bp)
+    app.register_blueprint(chat.bp)
+    cors.init_app(app)
+    return app
+
+
+def settings(config):
+    """Return app.config: the settings, what the extensions derive from them, the rest of `config`."""
+    if not isinstance(config, dict):
+        overlay = flask.Config("")
+        overlay.from_object(config)
+        config = overlay
+    values = flask.Config("")
+    values.from_object(Config({name: value for name, value in config.items() if name in SETTINGS}))
+    values.update(
+        SQLALCHEMY_DATABASE_URI=values["DATABASE_URL"],
+        SQLALCHEMY_ENGINE_OPTIONS=engine_options(values["DATABASE_URL"]),
+        RATELIMIT_STORAGE_URI=values["RATE_LIMIT_STORAGE"],
+        RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True},
+        CORS_ALWAYS_SEND=False,
+        CORS_EXPOSE_HEADERS=["Retry-After", "X-Request-ID"],
+        CORS_INTERCEPT_EXCEPTIONS=False,
+        CORS_MAX_AGE=600,
+        CORS_SUPPORTS_CREDENTIALS=True,
+        MAX_CONTENT_LENGTH=2**20,
+        PERMANENT_SESSION_LIFETIME=400 * 86400,
+        SESSION_REFRESH_EACH_REQUEST=False,
+        SESSION_PROTECTION=None,
+    )
+    return values | {name: value for name, value in config.items() if name not in SETTINGS}

@@ -1,0 +1,60 @@
+"""A named talk of one user, and the queries that list talks."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from orjson import Fragment
+from sqlalchemy import ForeignKey, Index, String
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from app import db
+from app.models.message import Message
+
+if TYPE_CHECKING:
+    from app.models.user import User
+
+
+class Conversation(db.Model):
+    """A named talk between one user and the bot."""
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(255))
+    user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+
+    user: Mapped[User] = relationship(back_populates="conversations")
+    messages: Mapped[list[Message]] = relationship(
+        back_populates="conversation", order_by=Message.id, passive_deletes=True
+    )
+
+    __table_args__ = (Index(None, "user_id", "id"), {"sqlite_autoincrement": True})
+
+    @classmethod
+    def owned(cls, conversation_id, user):
+        """Return that conversation of that user, or None."""
+        return db.session.scalar(db.select(cls).where(cls.id == conversation_id, cls.user_id == user.id))
+
+    @classmethod
+    def whole(cls, user):
+        """Return the user's conversations with all their messages in the wire format, oldest first."""
+        messages = (
+            db.select(Message.json.label("json"))
+            .where(Message.conversation_id == cls.id)
+            .order_by(Message.id)
+            .correlate(cls)
+            .subquery()
+        )
+        joined = db.select(db.func.aggregate_strings(messages.c.json, ",")).scalar_subquery()
+        rows = db.session.execute(db.select(cls.id, cls.name, joined).where(cls.user_id == user.id).order_by(cls.id))
+        return [{"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")} for id, name, texts in rows]
+
+    def history(self, limit):
+        """Return the last `limit` messages as (sender, text), oldest first."""
+        last = db.select(Message.sender, Message.text).where(Message.conversation_id == self.id)
+        return [tuple(row) for row in db.session.execute(last.order_by(Message.id.desc()).limit(limit))][::-1]
+
+    def summary(self):
+        """Return the conversation in the wire format, without its messages."""
+        return {"id": self.id, "name": self.name}

@@ -1,0 +1,130 @@
+"""Who someone is: password, sessions, presence."""
+
+from __future__ import annotations
+
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from flask_login import UserMixin
+from sqlalchemy import Computed, String
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+from werkzeug.security import check_password_hash, generate_password_hash
+
+from app import db
+from app.sql import json_object, utc_text
+
+if TYPE_CHECKING:
+    from app.models.conversation import Conversation
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+TICK = timedelta(microseconds=1)
+
+
+class User(UserMixin, db.Model):
+    """A person with a name and a password."""
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(Computed("id", persisted=True), unique=True)
+    username: Mapped[str] = mapped_column(String(80), unique=True)
+    password_hash: Mapped[str] = mapped_column(String(255))
+    is_logged_in: Mapped[bool] = mapped_column(default=False)
+    last_login: Mapped[datetime | None]
+    last_logout: Mapped[datetime | None]
+
+    conversations: Mapped[list[Conversation]] = relationship(back_populates="user", passive_deletes=True)
+
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    moment = None  # when the session at hand was opened: the login that the cookie came from
+
+    @classmethod
+    def named(cls, username):
+        """Return the user of that name, or None."""
+        return db.session.scalar(db.select(cls).where(cls.username == username))
+
+    @classmethod
+    def locked(cls, key):
+        """Return the user as the row is now, and keep others from changing it until the transaction ends."""
+        return db.session.get(cls, key, with_for_update={"key_share": True}, populate_existing=True)
+
+    @classmethod
+    def of_session(cls, token, valid_from):
+        """Return the user whose session `token` (see get_id) names, if it is alive, or None."""
+        parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
+        if not parts:
+            return None
+        user = db.session.get(cls, int(parts[1]))
+        moment = EPOCH + int(parts[2]) * TICK
+        if user is None or not user.has_session(moment, valid_from):
+            return None
+        user.moment = moment
+        return user
+
+    @classmethod
+    def statuses(cls, valid_from):
+        """Return everybody's presence in the wire format, a JSON text each, oldest user first."""
+        online = cls.is_logged_in & (cls.last_login >= valid_from)
+        status = json_object(
+            *("user_id", cls.user_id),
+            *("username", cls.username),
+            *("status", db.case((online, "Online"), else_="Offline")),
+            *("last_login", utc_text(cls.last_login)),
+            *("last_logout", utc_text(cls.last_logout)),
+        )
+        return db.session.scalars(db.select(status).order_by(cls.user_id)).all()
+
+    def get_id(self):
+        """Name the session at hand: what the cookie carries."""
+        return f"{self.id}.{(self.moment - EPOCH) // TICK}"
+
+    def has_session(self, moment, valid_from):
+        """Tell whether a session opened at `moment` is alive."""
+        return self.is_logged_in and moment >= valid_from and (self.last_logout is None or moment > self.last_logout)
+
+    def log_in(self, valid_from):
+        """Open a session; call with the row locked.
+
+        Its moment is later than everything in the row, whatever the servers' clocks say: a cookie
+        that was dead stays dead, and the new one lives.
+        """
+        past = [moment + TICK for moment in (self.last_login, self.last_logout) if moment]
+        self.moment = self.last_login = max(datetime.now(UTC), valid_from, *past)
+        self.is_logged_in = True
+
+    def log_out(self):
+        """End every session of this user; call with the row locked."""
+        past = [moment for moment in (self.last_login, self.last_logout) if moment]
+        self.last_logout = max(datetime.now(UTC), *past)
+        self.is_logged_in = False
+
+    def summary(self):
+        """Return what the API tells a user about themselves."""
+        return {"id": self.id, "user_id": self.user_id, "username": self.username}
+
+
+def hash_password(password, method):
+    """Return a hash to store, by one of werkzeug's methods."""
+    return _beside_the_event_loop(generate_password_hash, password, method)
+
+
+def verify_password(user, password, method):
+    """Tell whether this is the user's password. Nobody's (None) is wrong, after as much work."""
+    if user is None:
+        hash_password(password, method)
+        return False
+    try:
+        return _beside_the_event_loop(check_password_hash, user.password_hash, password)
+    except ValueError:  # the hash in the database is unreadable
+        return False
+
+
+def _beside_the_event_loop(function, *args):
+    """Call in a real thread where gevent serves many clients in this one: a hash takes a third of a second."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return function(*args)
+    from gevent import get_hub
+
+    return get_hub().threadpool.apply(function, args)

@@ -1,0 +1,37 @@
+"""How `flask db` runs the migrations: all in one transaction, one server at a time, on either database."""
+
+from alembic import context
+from flask import current_app
+
+db = current_app.extensions["migrate"].db
+options = {
+    **current_app.extensions["migrate"].configure_args,
+    "target_metadata": db.metadata,
+    "transactional_ddl": True,
+}
+LOCK = 0x0C4A7B07  # any number, the same for all servers
+
+
+def migrate(connection):
+    if connection.dialect.name == "sqlite":
+        # Altering a table here is copying it, and dropping the old one must not cascade to its children.
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+    context.configure(connection=connection, **options)
+    with context.begin_transaction():
+        context.run_migrations()
+    connection.commit()
+
+
+if context.is_offline_mode():
+    context.configure(url=db.engine.url, literal_binds=True, **options)
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    with db.engine.connect() as connection:
+        try:
+            migrate(connection)
+        finally:
+            connection.invalidate()
