@@ -92,6 +92,13 @@ def origins(value):
     return listed
 
 
+def http_url(value):
+    """Take the URL of a web service."""
+    if not re.match(r"https?://[^/]", value):
+        raise ValueError("must be an http:// or https:// URL")
+    return value
+
+
 def rate_limit(value):
     """Take a limit such as `10 per minute`."""
     try:
@@ -135,6 +142,12 @@ SETTINGS = {
     "LOGIN_RATE_LIMIT": ("10 per minute", rate_limit),
     "SIGNUP_RATE_LIMIT": ("120 per minute", rate_limit),
     "RATE_LIMIT_STORAGE": ("memory://", rate_limit_storage),
+    "BOT_MODEL": ("", text),
+    "BOT_PROMPT": ("", text),
+    "BOT_HISTORY": ("20", integer(1, 1000)),
+    "BOT_TIMEOUT": ("60", integer(1, 3600)),
+    "OPENAI_BASE_URL": ("https://api.openai.com/v1", http_url),
+    "OPENAI_API_KEY": ("", text),
 }
 
 

@@ -12,6 +12,7 @@ from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+from app.bot import make_bot
 from app.sql import Base, engine_options, prepare
 from config import SETTINGS, Config
 
@@ -43,6 +44,7 @@ def create_app(config=None):
     login_manager.init_app(app, add_context_processor=False)
     limiter.init_app(app)
 
+    app.extensions["bot"] = make_bot(app.config)
     init_app(app)
     app.register_blueprint(auth.bp)
     app.register_blueprint(chat.bp)
@@ -64,7 +66,7 @@ def settings(config):
         RATELIMIT_STORAGE_URI=values["RATE_LIMIT_STORAGE"],
         RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True},
         CORS_ALWAYS_SEND=False,
-        CORS_EXPOSE_HEADERS=["Retry-After", "X-Request-ID"],
+        CORS_EXPOSE_HEADERS=["Idempotent-Replayed", "Retry-After", "X-Request-ID"],
         CORS_INTERCEPT_EXCEPTIONS=False,
         CORS_MAX_AGE=600,
         CORS_SUPPORTS_CREDENTIALS=True,

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event
+from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
@@ -87,6 +87,11 @@ def _(element, compiler, **kw):
 def _(element, compiler, **kw):
     moment = compiler.process(element.clauses, **kw)
     return f"""to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+
+
+def where(condition):
+    """Return what makes an Index partial: it covers the rows of that condition only."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
 def engine_options(url):

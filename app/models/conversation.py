@@ -30,6 +30,7 @@ class Conversation(db.Model):
     )
 
     __table_args__ = (Index(None, "user_id", "id"), {"sqlite_autoincrement": True})
+    __mapper_args__ = {"confirm_deleted_rows": False}  # it is fine when another request was faster
 
     @classmethod
     def owned(cls, conversation_id, user):

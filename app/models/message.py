@@ -9,7 +9,7 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.sql import json_object, utc_text
+from app.sql import json_object, utc_text, where
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -23,26 +23,42 @@ class Message(db.Model):
     text: Mapped[str] = mapped_column(Text)
     conversation_id: Mapped[int] = mapped_column(ForeignKey("conversation.id", ondelete="CASCADE"))
     created_at: Mapped[datetime]
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
 
     conversation: Mapped[Conversation] = relationship(back_populates="messages")
 
     __table_args__ = (
         CheckConstraint("sender IN ('user', 'bot')", name="sender"),
         Index(None, "conversation_id", "id"),
+        Index(None, "conversation_id", "idempotency_key", unique=True, **where("idempotency_key IS NOT NULL")),
         {"sqlite_autoincrement": True},
     )
 
     @classmethod
-    def add_pair(cls, conversation_id, text, asked_at, reply):
-        """Insert what a user said and what the bot replied; return both in the wire format, a JSON text each."""
+    def add_pair(cls, conversation_id, text, asked_at, reply, key=None):
+        """Insert what a user said and what the bot replied; return both in the wire format, a JSON text each.
+
+        Call with the user's row locked: it is what keeps the two next to each other. Raises IntegrityError
+        when the conversation is gone, or has a message of that idempotency key.
+        """
         pair = [
-            {"sender": "user", "text": text, "created_at": asked_at},
-            {"sender": "bot", "text": reply, "created_at": datetime.now(UTC)},
+            {"sender": "user", "text": text, "created_at": asked_at, "idempotency_key": key},
+            {"sender": "bot", "text": reply, "created_at": datetime.now(UTC), "idempotency_key": None},
         ]
         insert = (
             db.insert(cls).values(conversation_id=conversation_id).returning(cls.json, sort_by_parameter_order=True)
         )
         return db.session.scalars(insert, pair).all()
+
+    @classmethod
+    def pair_of(cls, conversation_id, key):
+        """Return what add_pair stored under that key: the user's text, and both in the wire format; or None."""
+        in_talk = cls.conversation_id == conversation_id
+        first = db.select(cls.id).where(in_talk, cls.idempotency_key == key).scalar_subquery()
+        pair = db.session.execute(
+            db.select(cls.text, cls.json).where(in_talk, cls.id >= first).order_by(cls.id).limit(2)
+        ).all()
+        return (pair[0].text, [json for _, json in pair]) if pair else None
 
 
 Message.json = json_object(

@@ -11,7 +11,7 @@ from flask import abort, current_app, g, request
 from flask.json.provider import JSONProvider
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable
 from werkzeug.routing import BaseConverter, ValidationError
 
 from app import login_manager
@@ -19,6 +19,7 @@ from app.sql import lacks_schema
 
 CLIENT_TIMEOUT = 30  # seconds without a byte from or to a client
 RETRY_AFTER = 2  # seconds after which to try again when the database is away
+UNAVAILABLE = "The database is unavailable, try again"
 SENTENCES = {
     401: "Login required",
     404: "Not found",
@@ -65,7 +66,7 @@ def init_app(app):
     app.before_request(read_body)
     app.after_request(finish)
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(StaleDataError, lambda error: http_error(abort(404)))
+    app.register_error_handler(StaleDataError, lambda error: http_error(NotFound()))
     for kind in (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.ProgrammingError, exc.TimeoutError):
         app.register_error_handler(kind, database_error)
 
@@ -123,24 +124,27 @@ def string_field(name, shortest, longest):
 def http_error(error):
     """Answer {"error": sentence} with the status and the headers (Allow, Retry-After) of the error."""
     response = error.get_response()
-    if not response.is_json:
-        stock = type(error).description
-        sentence = error.description if error.description != stock else SENTENCES.get(error.code, stock)
-        response.data = orjson.dumps({"error": sentence})
-        response.mimetype = "application/json"
+    response.data = orjson.dumps({"error": sentence(error)})
+    response.mimetype = "application/json"
     return response
+
+
+def sentence(error):
+    """Return what to tell people of an HTTPException."""
+    stock = type(error).description
+    return error.description if error.description != stock else SENTENCES.get(error.code, stock)
 
 
 def database_error(error):
     """Answer 503 when the database is away, locked, full or read-only; the log says what it is."""
     if isinstance(error, exc.DBAPIError) and lacks_schema(error):
-        sentence = "The database lacks its tables: run python -m flask db upgrade"
+        reason = "The database lacks its tables: run python -m flask db upgrade"
     elif isinstance(error, exc.ProgrammingError):
         raise error
     else:
-        sentence = "The database is unavailable, try again"
-    current_app.logger.error("%s (%s)", sentence, str(getattr(error, "orig", error)).strip())
-    return http_error(ServiceUnavailable(sentence, retry_after=RETRY_AFTER))
+        reason = UNAVAILABLE
+    current_app.logger.error("%s (%s)", reason, str(getattr(error, "orig", error)).strip())
+    return http_error(ServiceUnavailable(reason, retry_after=RETRY_AFTER))
 
 
 def finish(response):

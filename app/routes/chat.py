@@ -1,20 +1,25 @@
 """Talk: conversations and their messages."""
 
+import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 
-from flask import Blueprint, abort, current_app
+import orjson
+from flask import Blueprint, abort, current_app, request
 from flask_login import current_user, login_required
 from orjson import Fragment
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, ServiceUnavailable
 
 from app import db
-from app.bot import simulated_bot
+from app.bot import BotError, BotTimeout, with_pauses
 from app.models import Conversation, Message, User
-from app.routes import string_field
+from app.routes import UNAVAILABLE, http_error, sentence, string_field
 
 NAME_LENGTH = 255
 TEXT_LENGTH = 100_000
-HISTORY = 20
+PAUSE = 15  # seconds of the bot's silence after which a stream shows that it is alive
 
 bp = Blueprint("chat", __name__)
 
@@ -58,14 +63,42 @@ def delete_conversation(conversation_id):
 @bp.post("/api/conversations/<id:conversation_id>/messages")
 @login_required
 def send_message(conversation_id):
-    """Send a message and get the bot's answer: both are stored, or neither."""
-    asked_at = datetime.now(UTC)
+    """Send a message and get the bot's reply: whole, or piece by piece for who accepts text/event-stream."""
     conversation = own_conversation(conversation_id)
-    text = string_field("text", 1, TEXT_LENGTH)
-    history = [*conversation.history(HISTORY), ("user", text)]
-    db.session.close()  # holds no connection while the bot thinks
-    reply = "".join(simulated_bot(history))
-    return [Fragment(message) for message in store(conversation_id, text, asked_at, reply)], 201
+    turn = Turn(
+        user=current_user._get_current_object(),
+        conversation_id=conversation_id,
+        text=string_field("text", 1, TEXT_LENGTH),
+        key=idempotency_key(),
+        asked_at=datetime.now(UTC),
+    )
+    streams = request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream"
+    answer = turn.replayed()
+    if answer is None:
+        history = [*conversation.history(current_app.config["BOT_HISTORY"] - 1), ("user", turn.text)]
+        db.session.close()  # holds no connection while the bot thinks
+        pieces = current_app.extensions["bot"](history)
+        if streams:
+            return stream(turn, pieces)
+        answer = turn.stored("".join(pieces))
+    pair, headers = answer
+    if streams:
+        return event_stream([event("done", pair)], headers)
+    return pair, 201, headers
+
+
+@bp.errorhandler(BotError)
+def bot_error(error):
+    """Answer 502, or 504 when the bot took too long. Nothing was stored, so it is safe to try again."""
+    return http_error(gateway_error(error))
+
+
+def gateway_error(error):
+    """Return the HTTPException that tells people of a BotError; the log has the reason."""
+    current_app.logger.warning("The bot failed: %s", error)
+    if isinstance(error, BotTimeout):
+        return GatewayTimeout("The bot took too long to answer")
+    return BadGateway("The bot failed to answer")
 
 
 def own_conversation(conversation_id):
@@ -73,14 +106,104 @@ def own_conversation(conversation_id):
     return Conversation.owned(conversation_id, current_user) or abort(404, "Conversation not found")
 
 
-def store(conversation_id, text, asked_at, reply):
-    """Store a message and its reply, if the session still lives (else 401) and the conversation still is (else 404)."""
-    user = User.locked(current_user.id)
-    if user is None or not user.has_session(current_user.moment, current_app.config["SESSIONS_VALID_FROM"]):
-        abort(401)
-    try:
-        pair = Message.add_pair(conversation_id, text, asked_at, reply)
-        db.session.commit()
-    except IntegrityError:
-        abort(404, "Conversation not found")
-    return pair
+def idempotency_key():
+    """Return the request's Idempotency-Key, or None; abort with 400 if it is not what it should be."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
+        abort(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
+    return key
+
+
+@dataclass
+class Turn:
+    """A message on its way to a reply. It knows its user's session, which may end while the bot thinks."""
+
+    user: User
+    conversation_id: int
+    text: str
+    key: str | None
+    asked_at: datetime
+
+    def stored(self, reply):
+        """Store the message and its reply, both or neither; return the pair in the wire format and its headers.
+
+        Aborts with 401 if the session is over by now, with 404 if the conversation is gone. If an equal send was
+        faster, the pair is the one which that has stored.
+        """
+        if not reply.strip():
+            raise BotError("the bot said nothing")
+        user = User.locked(self.user.id)
+        if user is None or not user.has_session(self.user.moment, current_app.config["SESSIONS_VALID_FROM"]):
+            abort(401)
+        try:
+            pair = Message.add_pair(self.conversation_id, self.text, self.asked_at, reply, self.key)
+            db.session.commit()
+        except IntegrityError:
+            db.session.rollback()
+            return self.replayed() or abort(404, "Conversation not found")
+        return [Fragment(message) for message in pair], {}
+
+    def replayed(self):
+        """Return the same for a send that is stored already, or None. Aborts with 409 if it had another text."""
+        stored = self.key and Message.pair_of(self.conversation_id, self.key)
+        if not stored:
+            return None
+        text, pair = stored
+        if text != self.text:
+            abort(409, "Idempotency-Key was used for another text in this conversation")
+        return [Fragment(message) for message in pair], {"Idempotent-Replayed": "true"}
+
+
+def stream(turn, pieces):
+    """Answer with server-sent events: the pieces as they come, at last the stored pair.
+
+    A bot that fails before its first piece gets a status of its own. What was said until it breaks off, or until
+    the client goes away, is stored: nobody loses what they have read.
+    """
+    app = current_app._get_current_object()
+    pieces = with_pauses(pieces, PAUSE)
+    first = next(pieces, "")
+    if first == "":
+        raise BotError("the bot said nothing")
+
+    def last_event(said, failure=None):
+        with app.app_context():
+            try:
+                pair, _ = turn.stored("".join(said))
+            except HTTPException as error:
+                failure = failure or error
+            except BotError as error:
+                failure = failure or gateway_error(error)
+            except SQLAlchemyError as error:
+                app.logger.error("A reply was lost: %s", error)
+                failure = ServiceUnavailable(UNAVAILABLE)
+            return event("error", {"error": sentence(failure)}) if failure else event("done", pair)
+
+    def events():
+        said, failure = [], None
+        try:
+            for piece in chain([first], pieces):
+                said.append(piece or "")
+                yield b": thinking\n\n" if piece is None else event("delta", {"text": piece})
+        except BotError as error:
+            with app.app_context():
+                failure = gateway_error(error)
+        except BaseException:  # the client went away, or the server stops
+            last_event(said)
+            raise
+        yield last_event(said, failure)
+
+    response = event_stream(events())
+    response.call_on_close(pieces.close)
+    return response
+
+
+def event(name, data):
+    """Return a server-sent event."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
+
+
+def event_stream(events, headers=()):
+    """Return a response of server-sent events that neither caches nor proxies hold back."""
+    headers = {"X-Accel-Buffering": "no", **dict(headers)}
+    return current_app.response_class(events, mimetype="text/event-stream", headers=headers)
