@@ -10,6 +10,7 @@ from flask_limiter.util import get_remote_address
 from flask_login import LoginManager
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from flask_swagger_ui import get_swaggerui_blueprint
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.bot import make_bot
@@ -31,7 +32,7 @@ def create_app(config=None):
     """
     from app.routes import auth, chat, init_app
 
-    app = flask.Flask(__name__)
+    app = flask.Flask(__name__, static_folder=None)
     app.config.update(settings(config))
     app.logger.setLevel(logging.INFO)
     default_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -48,6 +49,9 @@ def create_app(config=None):
     init_app(app)
     app.register_blueprint(auth.bp)
     app.register_blueprint(chat.bp)
+    app.register_blueprint(
+        get_swaggerui_blueprint("/api/docs", "/api/openapi.json", {"app_name": "AI Chatbot Backend"})
+    )
     cors.init_app(app)
     return app
 
@@ -66,7 +70,7 @@ def settings(config):
         RATELIMIT_STORAGE_URI=values["RATE_LIMIT_STORAGE"],
         RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True},
         CORS_ALWAYS_SEND=False,
-        CORS_EXPOSE_HEADERS=["Idempotent-Replayed", "Retry-After", "X-Request-ID"],
+        CORS_EXPOSE_HEADERS=["ETag", "Idempotent-Replayed", "Link", "Retry-After", "X-Request-ID"],
         CORS_INTERCEPT_EXCEPTIONS=False,
         CORS_MAX_AGE=600,
         CORS_SUPPORTS_CREDENTIALS=True,

@@ -115,6 +115,7 @@ def prepare(engine):
     def set_pragmas(connection, record):
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
+        connection.create_function("lower", 1, str.lower, deterministic=True)  # its own knows only ASCII
 
     @event.listens_for(engine, "before_cursor_execute")
     def lock_for_update(connection, cursor, statement, parameters, context, executemany):

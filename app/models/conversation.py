@@ -38,18 +38,28 @@ class Conversation(db.Model):
         return db.session.scalar(db.select(cls).where(cls.id == conversation_id, cls.user_id == user.id))
 
     @classmethod
-    def whole(cls, user):
-        """Return the user's conversations with all their messages in the wire format, oldest first."""
-        messages = (
-            db.select(Message.json.label("json"))
-            .where(Message.conversation_id == cls.id)
-            .order_by(Message.id)
-            .correlate(cls)
-            .subquery()
-        )
-        joined = db.select(db.func.aggregate_strings(messages.c.json, ",")).scalar_subquery()
-        rows = db.session.execute(db.select(cls.id, cls.name, joined).where(cls.user_id == user.id).order_by(cls.id))
-        return [{"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")} for id, name, texts in rows]
+    def listed(cls, user, only=None, limit=None, before=None, messages=None, q=None):
+        """Return the user's conversations in the wire format, oldest first.
+
+        `only`: just the one of that id. `limit`: at most so many, newest first, and of ids below `before`.
+        `messages`: at most so many in each, its newest. `q`: just those with that text in the name or in a
+        message, in any case.
+        """
+        shown = Message.stretch(cls.id, messages).subquery()
+        texts = db.select(db.func.aggregate_strings(shown.c.json, ",")).scalar_subquery()
+        query = db.select(cls.id, cls.name, texts).where(cls.user_id == user.id)
+        if only is not None:
+            query = query.where(cls.id == only)
+        if before is not None:
+            query = query.where(cls.id < before)
+        if q is not None:
+            said = db.exists().where(Message.conversation_id == cls.id, Message.text.icontains(q, autoescape=True))
+            query = query.where(cls.name.icontains(q, autoescape=True) | said)
+        query = query.order_by(cls.id) if limit is None else query.order_by(cls.id.desc()).limit(limit)
+        return [
+            {"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")}
+            for id, name, texts in db.session.execute(query)
+        ]
 
     def history(self, limit):
         """Return the last `limit` messages as (sender, text), oldest first."""

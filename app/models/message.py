@@ -51,6 +51,21 @@ class Message(db.Model):
         return db.session.scalars(insert, pair).all()
 
     @classmethod
+    def stretch(cls, conversation_id, limit=None, before=None):
+        """Select id and wire format (`json`) of a conversation's messages, oldest first.
+
+        With a `limit`, just so many, the newest; of ids below `before`.
+        """
+        query = db.select(cls.id, cls.json.label("json")).where(cls.conversation_id == conversation_id)
+        query = query.correlate_except(cls)  # conversation_id may be a column of an outer query
+        if before is not None:
+            query = query.where(cls.id < before)
+        if limit is None:
+            return query.order_by(cls.id)
+        newest = query.order_by(cls.id.desc()).limit(limit).subquery()
+        return db.select(newest.c.id, newest.c.json).order_by(newest.c.id)
+
+    @classmethod
     def pair_of(cls, conversation_id, key):
         """Return what add_pair stored under that key: the user's text, and both in the wire format; or None."""
         in_talk = cls.conversation_id == conversation_id

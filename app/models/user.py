@@ -63,8 +63,11 @@ class User(UserMixin, db.Model):
         return user
 
     @classmethod
-    def statuses(cls, valid_from):
-        """Return everybody's presence in the wire format, a JSON text each, oldest user first."""
+    def statuses(cls, valid_from, limit=None, after=0):
+        """Return everybody's user_id and presence in the wire format, a JSON text, oldest user first.
+
+        With a `limit`, just so many, of user_ids above `after`.
+        """
         online = cls.is_logged_in & (cls.last_login >= valid_from)
         status = json_object(
             *("user_id", cls.user_id),
@@ -73,7 +76,16 @@ class User(UserMixin, db.Model):
             *("last_login", utc_text(cls.last_login)),
             *("last_logout", utc_text(cls.last_logout)),
         )
-        return db.session.scalars(db.select(status).order_by(cls.user_id)).all()
+        query = db.select(cls.user_id, status).where(cls.user_id > after).order_by(cls.user_id).limit(limit)
+        return db.session.execute(query).all()
+
+    def still_here(self, valid_from):
+        """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
+        user = self.locked(self.id)
+        if user is None or not user.has_session(self.moment, valid_from):
+            return None
+        user.moment = self.moment
+        return user
 
     def get_id(self):
         """Name the session at hand: what the cookie carries."""

@@ -4,10 +4,10 @@ import logging
 import re
 import secrets
 import time
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import orjson
-from flask import abort, current_app, g, request
+from flask import abort, current_app, g, redirect, request, send_from_directory
 from flask.json.provider import JSONProvider
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
@@ -18,8 +18,10 @@ from app import login_manager
 from app.sql import lacks_schema
 
 CLIENT_TIMEOUT = 30  # seconds without a byte from or to a client
+MAX_ID = 2**63 - 1
+PAGE = 100  # at most so many items on a page
 RETRY_AFTER = 2  # seconds after which to try again when the database is away
-UNAVAILABLE = "The database is unavailable, try again"
+AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)  # or locked, full, read-only
 SENTENCES = {
     401: "Login required",
     404: "Not found",
@@ -50,7 +52,7 @@ class IdConverter(BaseConverter):
     regex = "[1-9][0-9]{0,18}"
 
     def to_python(self, value):
-        if int(value) >= 2**63:
+        if int(value) > MAX_ID:
             raise ValidationError
         return int(value)
 
@@ -67,8 +69,9 @@ def init_app(app):
     app.after_request(finish)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(StaleDataError, lambda error: http_error(NotFound()))
-    for kind in (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.ProgrammingError, exc.TimeoutError):
-        app.register_error_handler(kind, database_error)
+    app.register_error_handler(exc.SQLAlchemyError, database_error)
+    app.add_url_rule("/", "index", lambda: redirect("/api/docs/"))
+    app.add_url_rule("/api/openapi.json", "openapi", lambda: send_from_directory(app.root_path, "openapi.json"))
 
 
 def start():
@@ -121,6 +124,40 @@ def string_field(name, shortest, longest):
     return value
 
 
+def text_parameter(name, longest):
+    """Return a parameter of the query string, not blank; None if it is not there; or abort with 400."""
+    value = request.args.get(name)
+    if value is not None and ("\0" in value or not value.strip() or len(value) > longest):
+        abort(400, f"{name} must be 1 to {longest} characters long, not blank and without NUL")
+    return value
+
+
+def number_parameter(name, low, high):
+    """Return a whole number of the query string; None if it is not there; or abort with 400."""
+    value = request.args.get(name)
+    if value is None:
+        return None
+    if not re.fullmatch("[0-9]{1,19}", value) or not low <= int(value) <= high:
+        abort(400, f"{name} must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def revalidated(answer, **following):
+    """Answer a GET with an ETag, or with 304 if the client has this answer already.
+
+    `following`, if there is more to read, is the parameter that the next page's address has in place of this one's.
+    """
+    response = current_app.json.response(answer)
+    response.add_etag()
+    response.cache_control.private = True
+    response.cache_control.no_cache = True  # keep it, but ask each time
+    response.vary.add("Cookie")
+    if following:
+        address = f"{request.base_url}?{urlencode({**request.args, **following})}"
+        response.headers["Link"] = f'<{address}>; rel="next"'
+    return response.make_conditional(request)
+
+
 def http_error(error):
     """Answer {"error": sentence} with the status and the headers (Allow, Retry-After) of the error."""
     response = error.get_response()
@@ -137,14 +174,19 @@ def sentence(error):
 
 def database_error(error):
     """Answer 503 when the database is away, locked, full or read-only; the log says what it is."""
+    return http_error(unavailable(error))
+
+
+def unavailable(error):
+    """Return the HTTPException that tells people of a database error; the log has the cause. Raises what is a bug."""
     if isinstance(error, exc.DBAPIError) and lacks_schema(error):
         reason = "The database lacks its tables: run python -m flask db upgrade"
-    elif isinstance(error, exc.ProgrammingError):
-        raise error
+    elif isinstance(error, AWAY):
+        reason = "The database is unavailable, try again"
     else:
-        reason = UNAVAILABLE
-    current_app.logger.error("%s (%s)", reason, str(getattr(error, "orig", error)).strip())
-    return http_error(ServiceUnavailable(reason, retry_after=RETRY_AFTER))
+        raise error
+    current_app.logger.error("%s (%s)", reason, " ".join(str(getattr(error, "orig", error)).split()))
+    return ServiceUnavailable(reason, retry_after=RETRY_AFTER)
 
 
 def finish(response):

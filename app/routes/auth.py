@@ -1,31 +1,33 @@
-"""Who you are: signup, login, logout, who is online."""
+"""Who you are: signup, login, logout, who is online, one's own account."""
 
 import math
 import time
 import unicodedata
 
+import click
+import orjson
 from flask import Blueprint, abort, current_app, g, request, session
 from flask_login import current_user, login_required, login_user, logout_user
 from limits.errors import StorageError
 from orjson import Fragment
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from werkzeug.exceptions import TooManyRequests
 
 from app import db, limiter, login_manager
 from app.models import User
 from app.models.user import hash_password, verify_password
-from app.routes import string_field
+from app.routes import MAX_ID, PAGE, number_parameter, revalidated, string_field, unavailable
 
 USERNAME_LENGTH = 80
 PASSWORD_LENGTH = 1024
 
-bp = Blueprint("auth", __name__)
+bp = Blueprint("auth", __name__, cli_group=None)
 
 
 @login_manager.user_loader
 def session_user(token):
     """Return the user of the session cookie, or None."""
-    user = User.of_session(token, current_app.config["SESSIONS_VALID_FROM"])
+    user = User.of_session(token, valid_from())
     g.user_id = user and user.user_id
     return user
 
@@ -40,7 +42,7 @@ def test():
 def signup():
     """Make a user."""
     username = username_field()
-    password = string_field("password", current_app.config["PASSWORD_MIN_LENGTH"], PASSWORD_LENGTH)
+    password = password_field("password", current_app.config["PASSWORD_MIN_LENGTH"])
     throttle("hit", (current_app.config["SIGNUP_RATE_LIMIT"], "signup", request.remote_addr))
     taken = User.named(username) is not None
     db.session.close()  # holds no connection while the hash is made
@@ -58,28 +60,9 @@ def signup():
 @bp.post("/api/login")
 def login():
     """Open a session."""
-    username, password = username_field(), string_field("password", 1, PASSWORD_LENGTH)
-    limits = login_limits(username)
-    throttle("test", *limits)
-
-    method = current_app.config["PASSWORD_HASH_METHOD"]
-    known = User.named(username)
-    db.session.close()  # holds no connection while the hash is made
-    if not verify_password(known, password, method):
-        throttle("hit", *limits)
-        abort(401, "Invalid username or password")
-    throttle("test", *limits)  # of many guesses at once, none is answered once the limit is reached
-
-    renewed = None if known.password_hash.startswith(f"{method}$") else hash_password(password, method)
-    user = User.locked(known.id)
-    if user is None or user.password_hash != known.password_hash:
-        abort(401, "Invalid username or password")
-    user.password_hash = renewed or user.password_hash
-    user.log_in(current_app.config["SESSIONS_VALID_FROM"])
-    db.session.commit()
-    login_user(user)
-    g.user_id = user.user_id
-    session.permanent = True
+    username, password = username_field(), password_field("password")
+    user = authenticated(username, User.named(username), password) or abort(401, "Invalid username or password")
+    open_session(user)
     return {"message": "Login successful", "user": user.summary()}
 
 
@@ -89,10 +72,7 @@ def logout(user_id):
     """End all sessions of the caller, on every device."""
     if user_id != current_user.user_id:
         abort(403, "Cannot logout different user")
-    moment = current_user.moment
-    user = User.locked(current_user.id)
-    if user is None or not user.has_session(moment, current_app.config["SESSIONS_VALID_FROM"]):
-        abort(401)
+    user = current_user.still_here(valid_from()) or abort(401)
     user.log_out()
     db.session.commit()
     logout_user()
@@ -109,7 +89,55 @@ def me():
 @bp.get("/api/users/status")
 def users_status():
     """List who is online."""
-    return {"users": [Fragment(status) for status in User.statuses(current_app.config["SESSIONS_VALID_FROM"])]}
+    limit = number_parameter("limit", 1, PAGE)
+    after = number_parameter("after", 0, MAX_ID)
+    if after is not None and not limit:
+        abort(400, "after goes with limit")
+    found = User.statuses(valid_from(), limit and limit + 1, after or 0)
+    page = found[:limit]
+    following = {"after": page[-1].user_id} if len(found) > len(page) else {}
+    return revalidated({"users": [Fragment(status) for _, status in page]}, **following)
+
+
+@bp.put("/api/password")
+@login_required
+def change_password():
+    """Give the caller a new password: every other session ends, this one goes on."""
+    current = password_field("current_password")
+    new = password_field("new_password", current_app.config["PASSWORD_MIN_LENGTH"])
+    user = still_authenticated(current, new)
+    user.log_out()
+    open_session(user)
+    return {"message": "Password changed successfully"}
+
+
+@bp.delete("/api/account")
+@login_required
+def delete_account():
+    """Delete the caller and all that is theirs."""
+    db.session.delete(still_authenticated(password_field("password")))
+    db.session.commit()
+    logout_user()
+    return "", 204
+
+
+@bp.cli.command("users")
+def list_users():
+    """List the users and who is online."""
+    try:
+        found = User.statuses(valid_from())
+    except SQLAlchemyError as error:
+        raise click.ClickException(unavailable(error).description) from None
+    for _, status in found:
+        user = orjson.loads(status)
+        click.echo(
+            f"{user['user_id']:>6}  {user['status']:<7}  {user['last_login'] or 'never':<27}  {user['username']}"
+        )
+
+
+def valid_from():
+    """Return the moment before which no session counts."""
+    return current_app.config["SESSIONS_VALID_FROM"]
 
 
 def username_field():
@@ -122,11 +150,53 @@ def username_field():
     return username
 
 
-def login_limits(username):
-    """Return what throttles a guesser: tries at one name from one address, and ten times that from the address."""
+def password_field(name, shortest=1):
+    """Return a password of the body, to the byte; or abort with 400."""
+    return string_field(name, shortest, PASSWORD_LENGTH)
+
+
+def authenticated(username, known, password, new_password=None):
+    """Return the user `known` by that username with the row locked if the password is right, else None.
+
+    Nobody (None) costs as much time as a wrong password. Throttled. The hash is renewed for a new password, or
+    if it is of another cost than the setting.
+    """
     limit = current_app.config["LOGIN_RATE_LIMIT"]
     wider = type(limit)(limit.amount * 10, limit.multiples)
-    return (limit, "login", request.remote_addr, username), (wider, "login", request.remote_addr)
+    limits = (limit, "login", request.remote_addr, username), (wider, "login", request.remote_addr)
+    method = current_app.config["PASSWORD_HASH_METHOD"]
+
+    throttle("test", *limits)
+    db.session.close()  # holds no connection while hashes are made
+    if not verify_password(known, password, method):
+        throttle("hit", *limits)
+        return None
+    throttle("test", *limits)  # of many guesses at once, none is answered once the limit is reached
+    renewed = None
+    if new_password or not known.password_hash.startswith(f"{method}$"):
+        renewed = hash_password(new_password or password, method)
+    user = User.locked(known.id)
+    if user is None or user.password_hash != known.password_hash:
+        return None
+    user.password_hash = renewed or user.password_hash
+    return user
+
+
+def still_authenticated(password, new_password=None):
+    """Return the caller as `authenticated` does, or abort: 403 for a wrong password, 401 if the session is over."""
+    caller = current_user._get_current_object()
+    if authenticated(caller.username, caller, password, new_password) is None:
+        abort(403, "Wrong password")
+    return caller.still_here(valid_from()) or abort(401)
+
+
+def open_session(user):
+    """Begin a session of a user whose row is locked: in the database, then in the cookie."""
+    user.log_in(valid_from())
+    db.session.commit()
+    login_user(user)
+    session.permanent = True
+    g.user_id = user.user_id
 
 
 def throttle(act, *limits):

@@ -5,30 +5,66 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 
+import click
 import orjson
 from flask import Blueprint, abort, current_app, request
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, ServiceUnavailable
+from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException
 
 from app import db
-from app.bot import BotError, BotTimeout, with_pauses
+from app.bot import BotError, BotTimeout, simulated_bot, with_pauses
 from app.models import Conversation, Message, User
-from app.routes import UNAVAILABLE, http_error, sentence, string_field
+from app.models.user import hash_password
+from app.routes import (
+    MAX_ID,
+    PAGE,
+    http_error,
+    number_parameter,
+    revalidated,
+    sentence,
+    string_field,
+    text_parameter,
+    unavailable,
+)
 
 NAME_LENGTH = 255
 TEXT_LENGTH = 100_000
-PAUSE = 15  # seconds of the bot's silence after which a stream shows that it is alive
 
-bp = Blueprint("chat", __name__)
+MESSAGES = 1000  # at most so many messages in each conversation of a list that says how many
+PAUSE = 15  # seconds of the bot's silence after which a stream shows that it is alive
+DEMO_PASSWORD = "demo password"
+DEMO = {
+    "ada": {
+        "The analytical engine": ["Hello", "Can a machine compose music?", "I think it might"],
+        "Notes": ["Note G is about the Bernoulli numbers"],
+    },
+    "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
+    "grace": {"A first bug": []},
+}
+
+bp = Blueprint("chat", __name__, cli_group=None)
 
 
 @bp.get("/api/conversations")
 @login_required
 def list_conversations():
     """List the caller's conversations with their messages."""
-    return Conversation.whole(current_user)
+    limit = number_parameter("limit", 1, PAGE)
+    before = number_parameter("before", 1, MAX_ID)
+    if before and not limit:
+        abort(400, "before goes with limit")
+    found = Conversation.listed(
+        current_user,
+        limit=limit and limit + 1,
+        before=before,
+        messages=number_parameter("messages", 0, MESSAGES),
+        q=text_parameter("q", NAME_LENGTH),
+    )
+    if limit is None or len(found) <= limit:
+        return revalidated(found)
+    return revalidated(found[:limit], before=found[limit - 1]["id"])
 
 
 @bp.post("/api/conversations")
@@ -39,6 +75,28 @@ def create_conversation():
     db.session.add(conversation)
     db.session.commit()
     return conversation.summary(), 201
+
+
+@bp.get("/api/conversations/<id:conversation_id>")
+@login_required
+def show_conversation(conversation_id):
+    """Show one of the caller's conversations with its messages."""
+    messages = number_parameter("messages", 0, MESSAGES)
+    found = Conversation.listed(current_user, only=conversation_id, messages=messages)
+    return revalidated(found[0]) if found else abort(404, "Conversation not found")
+
+
+@bp.get("/api/conversations/<id:conversation_id>/messages")
+@login_required
+def list_messages(conversation_id):
+    """List a stretch of one of the caller's conversations, oldest first: its newest messages, or those before one."""
+    limit = number_parameter("limit", 1, PAGE) or 50
+    before = number_parameter("before", 1, MAX_ID)
+    own_conversation(conversation_id)
+    found = db.session.execute(Message.stretch(conversation_id, limit + 1, before)).all()
+    page = found[-limit:]
+    following = {"before": page[0].id} if len(found) > limit else {}
+    return revalidated([Fragment(message.json) for message in page], **following)
 
 
 @bp.put("/api/conversations/<id:conversation_id>")
@@ -87,6 +145,31 @@ def send_message(conversation_id):
     return pair, 201, headers
 
 
+@bp.cli.command("demo")
+def demo():
+    """Fill the database with a few users and conversations, for a front end to show."""
+    password = hash_password(DEMO_PASSWORD, current_app.config["PASSWORD_HASH_METHOD"])
+    for username, talks in DEMO.items():
+        user = User(username=username, password_hash=password)
+        for name, texts in talks.items():
+            conversation = Conversation(name=name)
+            history = []
+            for text in texts:
+                history.append(("user", text))
+                history.append(("bot", "".join(simulated_bot(history))))
+            now = datetime.now(UTC)
+            conversation.messages = [Message(sender=sender, text=said, created_at=now) for sender, said in history]
+            user.conversations.append(conversation)
+        db.session.add(user)
+    try:
+        db.session.commit()
+    except IntegrityError:
+        raise click.ClickException("the demo's users exist already") from None
+    except SQLAlchemyError as error:
+        raise click.ClickException(unavailable(error).description) from None
+    click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
+
+
 @bp.errorhandler(BotError)
 def bot_error(error):
     """Answer 502, or 504 when the bot took too long. Nothing was stored, so it is safe to try again."""
@@ -132,8 +215,7 @@ class Turn:
         """
         if not reply.strip():
             raise BotError("the bot said nothing")
-        user = User.locked(self.user.id)
-        if user is None or not user.has_session(self.user.moment, current_app.config["SESSIONS_VALID_FROM"]):
+        if self.user.still_here(current_app.config["SESSIONS_VALID_FROM"]) is None:
             abort(401)
         try:
             pair = Message.add_pair(self.conversation_id, self.text, self.asked_at, reply, self.key)
@@ -175,8 +257,7 @@ def stream(turn, pieces):
             except BotError as error:
                 failure = failure or gateway_error(error)
             except SQLAlchemyError as error:
-                app.logger.error("A reply was lost: %s", error)
-                failure = ServiceUnavailable(UNAVAILABLE)
+                failure = unavailable(error)
             return event("error", {"error": sentence(failure)}) if failure else event("done", pair)
 
     def events():
