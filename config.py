@@ -5,10 +5,11 @@ import re
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 from dotenv import dotenv_values
-from limits import parse as parse_rate_limit
+from limits import parse_many
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 from werkzeug.security import generate_password_hash
@@ -60,26 +61,27 @@ def moment(value):
     now = datetime.now(UTC)
     try:
         parsed = datetime.fromisoformat(value) if value else now
-    except ValueError:
-        parsed = None
-    if parsed is None or parsed.tzinfo is None:
-        raise ValueError("must be a time with an offset, such as 2026-01-31T12:00:00Z")
+        if parsed.tzinfo is None:
+            raise ValueError
+        parsed = parsed.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a time with an offset, such as 2026-01-31T12:00:00Z") from None
     if parsed > now:
         raise ValueError("must not be in the future")
-    return parsed.astimezone(UTC)
+    return parsed
 
 
 def database_url(value):
     """Take a SQLite or PostgreSQL URL as people paste them; name the driver that is installed here."""
-    rule = "must be a sqlite:/// or postgresql:// URL"
     try:
         url = make_url(value)
+        if url.drivername in ("postgres", "postgresql"):
+            url = url.set(drivername="postgresql+psycopg")
+        if url.drivername not in ("sqlite", "postgresql+psycopg"):
+            raise ValueError
+        url.get_dialect()().create_connect_args(url)
     except (ArgumentError, ValueError):
-        raise ValueError(rule) from None
-    if url.drivername in ("postgres", "postgresql"):
-        url = url.set(drivername="postgresql+psycopg")
-    if url.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise ValueError(rule)
+        raise ValueError("must be a sqlite:/// or postgresql:// URL") from None
     return url.render_as_string(hide_password=False)
 
 
@@ -94,34 +96,46 @@ def origins(value):
 
 def http_url(value):
     """Take the URL of a web service."""
-    if not re.match(r"https?://[^/]", value):
+    if not is_url(value, "http", "https"):
         raise ValueError("must be an http:// or https:// URL")
     return value
+
+
+def is_url(value, *schemes):
+    """Tell whether this is a URL of one of the schemes, with a host and a good port."""
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def rate_limit(value):
     """Take a limit such as `10 per minute`."""
     try:
-        return parse_rate_limit(value)
+        (limit,) = parse_many(value)
+        if limit.amount and limit.multiples:
+            return limit
     except ValueError:
-        raise ValueError("must be a limit such as 10 per minute") from None
+        pass
+    raise ValueError("must be a limit such as 10 per minute")
 
 
 def rate_limit_storage(value):
     """Take the place where throttles are counted."""
-    if value != "memory://" and not re.match(r"rediss?://.", value):
+    if value != "memory://" and not is_url(value, "redis", "rediss"):
         raise ValueError("must be memory:// or a redis:// URL")
     return value
 
 
 def password_hash_method(value):
-    """Take a hash method of werkzeug's, tried out unless it is the default."""
-    if value != SETTINGS["PASSWORD_HASH_METHOD"][0]:
-        try:
-            generate_password_hash("", value)
-        except Exception:  # hashlib raises several kinds for a cost that cannot be
-            raise ValueError("must be a method of werkzeug's, such as scrypt:32768:8:3") from None
-    return value
+    """Take a hash method of werkzeug's, tried out and spelled in full, unless it is the default."""
+    if value == SETTINGS["PASSWORD_HASH_METHOD"][0]:
+        return value
+    try:
+        return generate_password_hash("", value).split("$")[0]
+    except Exception:  # hashlib raises several kinds for a cost that cannot be
+        raise ValueError("must be a method of werkzeug's, such as scrypt:32768:8:3") from None
 
 
 # The name in the environment and in app.config: (default, check). `.env.example` says what each is for.
@@ -162,7 +176,8 @@ class Config:
         given = {**dotenv_values(ENV_FILE), **os.environ, **dict(values)}
         for name, (default, check) in SETTINGS.items():
             try:
-                setattr(self, name, check(str(given.get(name) or default)))
+                value = given.get(name)
+                setattr(self, name, check(default if value in (None, "") else str(value)))
             except ValueError as error:
                 raise ConfigError(f"{name} {error}") from None
         if self.SESSION_COOKIE_SAMESITE == "None" and not self.SESSION_COOKIE_SECURE:

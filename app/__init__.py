@@ -4,6 +4,7 @@ import logging
 
 import flask
 from flask.logging import default_handler
+from flask.sessions import SecureCookieSessionInterface
 from flask_cors import CORS
 from flask_limiter import Limiter
 from flask_limiter.util import get_remote_address
@@ -17,11 +18,22 @@ from app.bot import make_bot
 from app.sql import Base, engine_options, prepare
 from config import SETTINGS, Config
 
-db = SQLAlchemy(model_class=Base)
+db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
 migrate = Migrate(db=db, render_as_batch=True)
 login_manager = LoginManager()
 cors = CORS()
 limiter = Limiter(get_remote_address, strategy="moving-window")
+
+
+class CookieSessions(SecureCookieSessionInterface):
+    """Flask's signed cookies without an age: the moment of the login decides, so no two servers' clocks need agree."""
+
+    def get_signing_serializer(self, app):
+        serializer = super().get_signing_serializer(app)
+        if serializer:
+            loads = serializer.loads
+            serializer.loads = lambda value, max_age: loads(value)
+        return serializer
 
 
 def create_app(config=None):
@@ -36,6 +48,7 @@ def create_app(config=None):
     app.config.update(settings(config))
     app.logger.setLevel(logging.INFO)
     default_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    app.session_interface = CookieSessions()
     app.wsgi_app = ProxyFix(app.wsgi_app, x_for=app.config["TRUSTED_PROXIES"], x_proto=app.config["TRUSTED_PROXIES"])
 
     db.init_app(app)
@@ -75,6 +88,7 @@ def settings(config):
         CORS_MAX_AGE=600,
         CORS_SUPPORTS_CREDENTIALS=True,
         MAX_CONTENT_LENGTH=2**20,
+        REMEMBER_COOKIE_NAME=";",  # which no cookie can be called: there are sessions only
         PERMANENT_SESSION_LIFETIME=400 * 86400,
         SESSION_REFRESH_EACH_REQUEST=False,
         SESSION_PROTECTION=None,

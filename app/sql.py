@@ -98,7 +98,7 @@ def engine_options(url):
     """Return how to connect to a database of that URL."""
     if url.startswith("sqlite"):
         # Transactions that write take the lock as they begin; for as many seconds they wait for it.
-        return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 5}}
+        return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 10}}
     return {
         "connect_args": {"connect_timeout": 5},  # seconds, like the next
         "pool_timeout": 5,

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -16,13 +18,65 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 60  # seconds that anything may take on a busy machine
 
 
-class Server:
-    """`python run.py` on a free port, with its settings; `lines` is what it has printed so far."""
+def crowd(size, act):
+    """Call act(0), act(1), ... each in a thread of its own, all at once; return what they return, in order."""
+    start = threading.Barrier(size)
 
-    def __init__(self, *arguments, **settings):
+    def join(number):
+        start.wait(PATIENCE)
+        return act(number)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(join, range(size)))
+
+
+@contextmanager
+def background(*acts):
+    """Run each of `acts` in a thread while the block lasts, then join them; hand on their futures."""
+    with ThreadPoolExecutor(len(acts)) as pool:
+        yield [pool.submit(act) for act in acts]
+
+
+def timed(act, *args, **kwargs):
+    """Return how many seconds a call took, and what it returned."""
+    started = time.monotonic()
+    result = act(*args, **kwargs)
+    return time.monotonic() - started, result
+
+
+def eventually(check, patience=PATIENCE):
+    """Call `check` until it returns something true; return that."""
+    deadline = time.monotonic() + patience
+    while not (result := check()):
+        assert time.monotonic() < deadline, f"waited {patience} s in vain"
+        time.sleep(0.05)
+    return result
+
+
+def figure(name, value):
+    """Add a line to the file that TEST_FIGURES names, if it is set: what was measured, in which test."""
+    if path := os.environ.get("TEST_FIGURES"):
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].removesuffix(" (call)")
+        with open(path, "a") as file:
+            file.write(f"{test}: {name} = {value:.3g}\n" if isinstance(value, float) else f"{test}: {name} = {value}\n")
+
+
+def free_port():
+    """Return a port of the loopback interface that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Server:
+    """`python run.py` on a free port, with its settings; `lines` is what it has printed so far.
+
+    `prefix` is a command that runs the program, such as `setpriv`.
+    """
+
+    def __init__(self, *arguments, prefix=(), **settings):
         settings = {"PORT": "0", **settings}
         self.process = subprocess.Popen(
-            [sys.executable, "run.py", *arguments],
+            [*prefix, sys.executable, "run.py", *arguments],
             cwd=ROOT,
             env={**os.environ, **{name: str(value) for name, value in settings.items()}},
             stdout=subprocess.PIPE,
@@ -58,10 +112,31 @@ class Server:
     def client(self):
         return HttpClient(self.port)
 
+    def spare_client(self, client):
+        """Return another client with the same session."""
+        spare = self.client()
+        spare.cookie = client.cookie
+        return spare
+
+    def newcomer(self, username):
+        """Return the client of someone who has just signed up and logged in."""
+        client = self.client()
+        assert client.signup(username).status == 201
+        assert client.login(username).status == 200
+        return client
+
+    @property
+    def output(self):
+        return "".join(self.lines)
+
     def workers(self):
         """Return the process ids of the workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
+
+    def all_workers(self, count=2):
+        """Return the process ids of the workers as soon as there are so many."""
+        return eventually(lambda: len(pids := self.workers()) == count and pids)
 
     def terminate(self):
         """Send SIGTERM; return the exit status."""
@@ -95,6 +170,7 @@ class HttpClient:
     def __init__(self, port, timeout=PATIENCE):
         self.connection = HTTPConnection("127.0.0.1", port, timeout=timeout)
         self.cookie = None
+        self.used = 0.0
 
     def __enter__(self):
         return self
@@ -113,9 +189,12 @@ class HttpClient:
         if body is not None:
             headers["Content-Type"] = "application/json"
             body = json.dumps(body)
+        if time.monotonic() - self.used > 3:  # the server hangs up on a client that is silent for 5 s
+            self.close()
         try:
             self.connection.request(method, path, body, headers)
             answer = Answer(self.connection.getresponse())
+            self.used = time.monotonic()
         except BaseException:
             self.close()
             raise
@@ -135,9 +214,28 @@ class HttpClient:
     def login(self, username, password="correct horse"):
         return self.post("/api/login", {"username": username, "password": password})
 
+    def is_logged_in(self):
+        return self.get("/api/current_user").status == 200
+
     def create(self, name="Talk"):
         """Open a conversation and return its id."""
         return self.post("/api/conversations", {"name": name}).json["id"]
 
     def send(self, conversation_id, text="Hello", **headers):
         return self.post(f"/api/conversations/{conversation_id}/messages", {"text": text}, **headers)
+
+    def messages(self, conversation_id):
+        """Return the messages of one of the caller's conversations."""
+        [talk] = [talk for talk in self.get("/api/conversations").json if talk["id"] == conversation_id]
+        return talk["messages"]
+
+
+def pairs(messages):
+    """Return what the user said, one by one; pairs must be whole and adjacent, ids must ascend."""
+    ids = [message["id"] for message in messages]
+    assert ids == sorted(set(ids))
+    assert [message["sender"] for message in messages] == ["user", "bot"] * (len(messages) // 2)
+    said = [message["text"] for message in messages[::2]]
+    for text, reply in zip(said, messages[1::2], strict=True):
+        assert text.startswith("/") or text in reply["text"]  # the simulated bot repeats what it was told
+    return said

@@ -128,7 +128,7 @@ def verify_password(user, password, method):
         return False
     try:
         return _beside_the_event_loop(check_password_hash, user.password_hash, password)
-    except ValueError:  # the hash in the database is unreadable
+    except (ValueError, TypeError, OverflowError):  # the hash in the database is unreadable
         return False
 
 

@@ -10,9 +10,8 @@ import orjson
 from flask import abort, current_app, g, redirect, request, send_from_directory
 from flask.json.provider import JSONProvider
 from sqlalchemy import exc
-from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable
-from werkzeug.routing import BaseConverter, ValidationError
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.routing import BaseConverter
 
 from app import login_manager
 from app.sql import lacks_schema
@@ -47,13 +46,11 @@ class OrjsonProvider(JSONProvider):
 
 
 class IdConverter(BaseConverter):
-    """An id in a path: a whole number from 1 to 2^63-1, written in the one usual way."""
+    """An id in a path: a whole number below 10^18, written in the one usual way."""
 
-    regex = "[1-9][0-9]{0,18}"
+    regex = "[1-9][0-9]{0,17}"
 
     def to_python(self, value):
-        if int(value) > MAX_ID:
-            raise ValidationError
         return int(value)
 
 
@@ -68,7 +65,6 @@ def init_app(app):
     app.before_request(read_body)
     app.after_request(finish)
     app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(StaleDataError, lambda error: http_error(NotFound()))
     app.register_error_handler(exc.SQLAlchemyError, database_error)
     app.add_url_rule("/", "index", lambda: redirect("/api/docs/"))
     app.add_url_rule("/api/openapi.json", "openapi", lambda: send_from_directory(app.root_path, "openapi.json"))

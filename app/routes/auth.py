@@ -75,7 +75,7 @@ def logout(user_id):
     user = current_user.still_here(valid_from()) or abort(401)
     user.log_out()
     db.session.commit()
-    logout_user()
+    close_session()
     return {"message": f"User {user_id} logged out successfully"}
 
 
@@ -117,7 +117,7 @@ def delete_account():
     """Delete the caller and all that is theirs."""
     db.session.delete(still_authenticated(password_field("password")))
     db.session.commit()
-    logout_user()
+    close_session()
     return "", 204
 
 
@@ -176,8 +176,10 @@ def authenticated(username, known, password, new_password=None):
     if new_password or not known.password_hash.startswith(f"{method}$"):
         renewed = hash_password(new_password or password, method)
     user = User.locked(known.id)
-    if user is None or user.password_hash != known.password_hash:
+    if user is None:
         return None
+    if user.password_hash != known.password_hash:  # another request was faster
+        return authenticated(username, user, password, new_password)
     user.password_hash = renewed or user.password_hash
     return user
 
@@ -197,6 +199,12 @@ def open_session(user):
     login_user(user)
     session.permanent = True
     g.user_id = user.user_id
+
+
+def close_session():
+    """Take the cookie back from the browser; the database has ended the session already."""
+    logout_user()
+    session.clear()
 
 
 def throttle(act, *limits):

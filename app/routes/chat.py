@@ -11,7 +11,8 @@ from flask import Blueprint, abort, current_app, request
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException
+from sqlalchemy.orm.exc import StaleDataError
+from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, NotFound
 
 from app import db
 from app.bot import BotError, BotTimeout, simulated_bot, with_pauses
@@ -168,6 +169,12 @@ def demo():
     except SQLAlchemyError as error:
         raise click.ClickException(unavailable(error).description) from None
     click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
+
+
+@bp.errorhandler(StaleDataError)
+def gone(error):
+    """Answer 404 when a conversation was deleted just before it was changed."""
+    return http_error(NotFound("Conversation not found"))
 
 
 @bp.errorhandler(BotError)
