@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,6 +30,15 @@ def text(value):
 def secret(value):
     """Take a secret as it is; without one, make one that lasts as long as this process."""
     return value or secrets.token_hex(32)
+
+
+def host(value):
+    """Take an address or a name of this machine."""
+    try:
+        socket.getaddrinfo(value, None)
+    except (OSError, UnicodeError):
+        raise ValueError("must be an address or a name of this machine") from None
+    return value
 
 
 def integer(low, high):
@@ -79,17 +89,20 @@ def database_url(value):
             url = url.set(drivername="postgresql+psycopg")
         if url.drivername not in ("sqlite", "postgresql+psycopg"):
             raise ValueError
+        if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
+            raise ValueError  # each worker would have a database of its own
         url.get_dialect()().create_connect_args(url)
     except (ArgumentError, ValueError):
-        raise ValueError("must be a sqlite:/// or postgresql:// URL") from None
+        raise ValueError("must be the URL of a sqlite:/// file or a postgresql:// server") from None
     return url.render_as_string(hide_password=False)
 
 
 def origins(value):
     """Take a comma-separated list of origins. No pattern: it would let any page act for a logged-in user."""
-    listed = [origin.strip() for origin in value.split(",") if origin.strip()]
+    listed = [origin.strip().lower() for origin in value.split(",") if origin.strip()]
     for origin in listed:
-        if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin):
+        usual = is_url(origin, "http", "https") and re.fullmatch(r"[a-z]+://[a-z0-9.-]+(:[0-9]+)?", origin)
+        if not usual or re.search("^http:.*:80$|^https:.*:443$", origin):  # browsers leave these ports out
             raise ValueError(f"must list origins such as https://chat.example.com, not {origin!r}")
     return listed
 
@@ -143,7 +156,7 @@ SETTINGS = {
     "SECRET_KEY": ("", secret),
     "DATABASE_URL": ("sqlite:///chatbot.db", database_url),
     "CORS_ORIGINS": ("http://localhost:3000,http://localhost:5173", origins),
-    "HOST": ("127.0.0.1", text),
+    "HOST": ("127.0.0.1", host),
     "PORT": ("5000", integer(0, 65535)),
     "WEB_CONCURRENCY": ("2", integer(1, 256)),
     "TRUSTED_PROXIES": ("0", integer(0, 16)),

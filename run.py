@@ -5,9 +5,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from alembic.util import CommandError
 from flask_migrate import upgrade
-from sqlalchemy.exc import DBAPIError
 
 from app import create_app
 from config import ConfigError
@@ -20,12 +18,9 @@ except ConfigError as error:
 
 def main(arguments):
     """Migrate once, then hand over to gunicorn, which takes further `arguments` of its own."""
-    try:
-        with app.app_context():
-            upgrade(Path(__file__).with_name("migrations"))
-    except (DBAPIError, CommandError) as error:
-        reason = " ".join(str(getattr(error, "orig", error)).split())
-        sys.exit(f"Error: the database of DATABASE_URL cannot be used: {reason}")
+    folder = Path(__file__).parent
+    with app.app_context():
+        upgrade(folder / "migrations")
 
     host, port = app.config["HOST"], app.config["PORT"]
     if find_spec("gunicorn") is None:
@@ -37,15 +32,9 @@ def main(arguments):
     os.environ["SECRET_KEY"] = app.config["SECRET_KEY"]
     os.environ["WEB_CONCURRENCY"] = str(app.config["WEB_CONCURRENCY"])
     os.environ["SESSIONS_VALID_FROM"] = app.config["SESSIONS_VALID_FROM"].isoformat()
-    settings = {
-        "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-        "worker-class": "gevent",
-        "keep-alive": 5,  # seconds for a client to send its next head
-        "graceful-timeout": 12,  # seconds for the answers under way at a SIGTERM
-        "chdir": Path(__file__).parent,
-    }
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options, "--no-control-socket", *arguments, "run:app"])
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    options = [f"--config={folder / '.gunicorn.py'}", f"--chdir={folder}", f"--bind={address}"]
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options, *arguments])
 
 
 if __name__ == "__main__":

@@ -49,13 +49,17 @@ def create_app(config=None):
     app.logger.setLevel(logging.INFO)
     default_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     app.session_interface = CookieSessions()
-    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=app.config["TRUSTED_PROXIES"], x_proto=app.config["TRUSTED_PROXIES"])
+    if proxies := app.config["TRUSTED_PROXIES"]:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies)
 
     db.init_app(app)
     with app.app_context():
         prepare(db.engine)
     migrate.init_app(app)
     login_manager.init_app(app, add_context_processor=False)
+    app.extensions["limiter"] = {
+        limiter
+    }  # known already, so it hooks into no request: throttle() asks it where it must
     limiter.init_app(app)
 
     app.extensions["bot"] = make_bot(app.config)
@@ -63,7 +67,9 @@ def create_app(config=None):
     app.register_blueprint(auth.bp)
     app.register_blueprint(chat.bp)
     app.register_blueprint(
-        get_swaggerui_blueprint("/api/docs", "/api/openapi.json", {"app_name": "AI Chatbot Backend"})
+        get_swaggerui_blueprint(
+            "/api/docs", "/api/openapi.json", {"app_name": "AI Chatbot Backend", "validatorUrl": None}
+        )
     )
     cors.init_app(app)
     return app
@@ -77,15 +83,19 @@ def settings(config):
         config = overlay
     values = flask.Config("")
     values.from_object(Config({name: value for name, value in config.items() if name in SETTINGS}))
+    patience = {}
+    if values["RATE_LIMIT_STORAGE"].startswith("redis"):
+        patience = {"socket_connect_timeout": 1, "socket_timeout": 1}  # seconds
     values.update(
         SQLALCHEMY_DATABASE_URI=values["DATABASE_URL"],
         SQLALCHEMY_ENGINE_OPTIONS=engine_options(values["DATABASE_URL"]),
         RATELIMIT_STORAGE_URI=values["RATE_LIMIT_STORAGE"],
-        RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True},
+        RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True, **patience},
         CORS_ALWAYS_SEND=False,
         CORS_EXPOSE_HEADERS=["ETag", "Idempotent-Replayed", "Link", "Retry-After", "X-Request-ID"],
         CORS_INTERCEPT_EXCEPTIONS=False,
         CORS_MAX_AGE=600,
+        CORS_VARY_HEADER=False,  # every answer varies
         CORS_SUPPORTS_CREDENTIALS=True,
         MAX_CONTENT_LENGTH=2**20,
         REMEMBER_COOKIE_NAME=";",  # which no cookie can be called: there are sessions only

@@ -34,7 +34,7 @@ def make_bot(settings):
 def simulated_bot(history):
     """Reply without a model, and without chance: the same history always gets the same reply."""
     said = history[-1][1].strip()
-    command = re.fullmatch(r"/(slow|long|fail|drop|help)(?: +([0-9]{1,4}))?", said)
+    command = re.fullmatch(r"/(slow|long|fail|drop|help)(?: +([1-9][0-9]{0,3}))?", said)
     name, number = (command[1], int(command[2] or 10)) if command else ("", 0)
     if name == "fail":
         raise BotError("asked to fail")
@@ -72,29 +72,38 @@ def openai_bot(settings):
     """Return a bot that asks a model by the OpenAI protocol, which most servers of models speak."""
     import openai
 
+    timeout = settings["BOT_TIMEOUT"]
     client = openai.OpenAI(
         base_url=settings["OPENAI_BASE_URL"],
         api_key=settings["OPENAI_API_KEY"] or "none",  # a model at home wants no key, the client wants one
-        timeout=settings["BOT_TIMEOUT"],
+        timeout=timeout,
         max_retries=0,
     )
+    nonsense = (ValueError, TypeError, AttributeError, RecursionError)  # chunks that are no JSON, or not as agreed
     prompt = [{"role": "system", "content": settings["BOT_PROMPT"]}] if settings["BOT_PROMPT"] else []
     roles = {"user": "user", "bot": "assistant"}
 
     def bot(history):
         messages = prompt + [{"role": roles[sender], "content": text} for sender, text in history]
-        finished = False
+        finished, left, heard = False, REPLY_LENGTH, time.monotonic()
         try:
             with client.chat.completions.create(model=settings["BOT_MODEL"], messages=messages, stream=True) as chunks:
                 for chunk in chunks:
                     for choice in chunk.choices or ():
                         finished = finished or choice.finish_reason is not None
-                        if piece := clean((choice.delta and choice.delta.content) or ""):
+                        if piece := clean((choice.delta and choice.delta.content) or "")[:left]:
+                            left -= len(piece)
                             yield piece
+                            heard = time.monotonic()
+                    if not left:
+                        return
+                    if time.monotonic() - heard > timeout:
+                        raise BotTimeout(f"the model said nothing for {timeout} s")
         except openai.APITimeoutError as error:
-            raise BotTimeout(f"the model was silent for {settings['BOT_TIMEOUT']} s") from error
-        except (openai.OpenAIError, ValueError) as error:  # the latter for a chunk that is no JSON
-            raise BotError(f"the model failed: {error}") from error
+            raise BotTimeout(f"the model was silent for {timeout} s") from error
+        except (openai.OpenAIError, *nonsense) as error:
+            reason = " ".join(str(error).split()).replace(client.api_key, "[key]")  # some servers repeat it
+            raise BotError(f"the model failed: {reason}") from error
         if not finished:
             raise BotError("the model broke off")
 

@@ -101,7 +101,7 @@ def engine_options(url):
         return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 10}}
     return {
         "connect_args": {"connect_timeout": 5},  # seconds, like the next
-        "pool_timeout": 5,
+        "pool_timeout": 10,
         "pool_pre_ping": True,
     }
 
@@ -116,6 +116,12 @@ def prepare(engine):
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
         connection.create_function("lower", 1, str.lower, deterministic=True)  # its own knows only ASCII
+
+    @event.listens_for(engine, "handle_error")
+    def forget_read_only(context):
+        # A connection to a file that was read-only stays read-only: the pool must make new ones.
+        if "readonly" in str(context.original_exception):
+            context.is_disconnect = True
 
     @event.listens_for(engine, "before_cursor_execute")
     def lock_for_update(connection, cursor, statement, parameters, context, executemany):

@@ -1,7 +1,9 @@
 """How `flask db` runs the migrations: all in one transaction, one server at a time, on either database."""
 
 from alembic import context
+from alembic.util import CommandError
 from flask import current_app
+from sqlalchemy.exc import DBAPIError
 
 db = current_app.extensions["migrate"].db
 options = {
@@ -30,8 +32,12 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    with db.engine.connect() as connection:
-        try:
-            migrate(connection)
-        finally:
-            connection.invalidate()
+    try:
+        with db.engine.connect() as connection:
+            try:
+                migrate(connection)
+            finally:
+                connection.invalidate()
+    except DBAPIError as error:
+        reason = " ".join(str(error.orig).split())
+        raise CommandError(f"the database of DATABASE_URL cannot be used: {reason}") from error

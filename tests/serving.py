@@ -237,5 +237,5 @@ def pairs(messages):
     assert [message["sender"] for message in messages] == ["user", "bot"] * (len(messages) // 2)
     said = [message["text"] for message in messages[::2]]
     for text, reply in zip(said, messages[1::2], strict=True):
-        assert text.startswith("/") or text in reply["text"]  # the simulated bot repeats what it was told
+        assert text.startswith("/") or text[:70] in reply["text"]  # the simulated bot repeats what it was told
     return said

@@ -53,8 +53,10 @@ class Conversation(db.Model):
         if before is not None:
             query = query.where(cls.id < before)
         if q is not None:
-            said = db.exists().where(Message.conversation_id == cls.id, Message.text.icontains(q, autoescape=True))
-            query = query.where(cls.name.icontains(q, autoescape=True) | said)
+            said = db.select(Message.id).where(Message.conversation_id == cls.id)
+            said = said.where(Message.text.icontains(q, autoescape=True)).limit(1).scalar_subquery()
+            # Not EXISTS, for which PostgreSQL may read everybody's messages.
+            query = query.where(cls.name.icontains(q, autoescape=True) | said.is_not(None))
         query = query.order_by(cls.id) if limit is None else query.order_by(cls.id.desc()).limit(limit)
         return [
             {"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")}

@@ -4,10 +4,11 @@ import logging
 import re
 import secrets
 import time
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import orjson
-from flask import abort, current_app, g, redirect, request, send_from_directory
+from flask import abort, current_app, g, redirect, request
 from flask.json.provider import JSONProvider
 from sqlalchemy import exc
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
@@ -67,7 +68,8 @@ def init_app(app):
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(exc.SQLAlchemyError, database_error)
     app.add_url_rule("/", "index", lambda: redirect("/api/docs/"))
-    app.add_url_rule("/api/openapi.json", "openapi", lambda: send_from_directory(app.root_path, "openapi.json"))
+    description = orjson.Fragment(Path(app.root_path, "openapi.json").read_bytes())
+    app.add_url_rule("/api/openapi.json", "openapi", lambda: revalidated(description))
 
 
 def start():
@@ -91,8 +93,20 @@ def read_body():
     connection = request.environ.get("gunicorn.socket")
     if connection:
         connection.settimeout(CLIENT_TIMEOUT)
-    if request.method not in ("GET", "HEAD", "OPTIONS"):
-        request.get_data()
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    try:
+        size = len(request.get_data())
+        # Werkzeug cuts a chunked body off at the limit without a word, and takes what came of one that broke off.
+        too_long = size == current_app.config["MAX_CONTENT_LENGTH"] and request.environ["wsgi.input"].read(1)
+    except HTTPException:
+        raise
+    except Exception as error:  # gunicorn's, each of a kind of its own, for chunks that are none
+        abort(400, f"The body cannot be read: {type(error).__name__}")
+    if too_long:
+        abort(413)
+    if size < (request.content_length or 0):
+        abort(400, "The body broke off")
 
 
 def json_body():
@@ -147,11 +161,10 @@ def revalidated(answer, **following):
     response.add_etag()
     response.cache_control.private = True
     response.cache_control.no_cache = True  # keep it, but ask each time
-    response.vary.add("Cookie")
     if following:
         address = f"{request.base_url}?{urlencode({**request.args, **following})}"
         response.headers["Link"] = f'<{address}>; rel="next"'
-    return response.make_conditional(request)
+    return response.make_conditional({**request.environ, "HTTP_IF_MATCH": ""})  # If-Match is for writes
 
 
 def http_error(error):
@@ -175,14 +188,18 @@ def database_error(error):
 
 def unavailable(error):
     """Return the HTTPException that tells people of a database error; the log has the cause. Raises what is a bug."""
-    if isinstance(error, exc.DBAPIError) and lacks_schema(error):
-        reason = "The database lacks its tables: run python -m flask db upgrade"
-    elif isinstance(error, AWAY):
-        reason = "The database is unavailable, try again"
-    else:
-        raise error
+    reason = trouble(error)
     current_app.logger.error("%s (%s)", reason, " ".join(str(getattr(error, "orig", error)).split()))
     return ServiceUnavailable(reason, retry_after=RETRY_AFTER)
+
+
+def trouble(error):
+    """Return a sentence on a database error. Raises what is a bug."""
+    if isinstance(error, exc.DBAPIError) and lacks_schema(error):
+        return "The database lacks its tables: run python -m flask db upgrade"
+    if isinstance(error, AWAY) or type(error) is exc.DatabaseError:  # the latter for a file that is no database
+        return "The database is unavailable, try again"
+    raise error
 
 
 def finish(response):
@@ -191,7 +208,7 @@ def finish(response):
     headers["X-Request-ID"] = g.request_id
     headers["X-Content-Type-Options"] = "nosniff"
     headers.setdefault("Cache-Control", "no-store")
-    response.vary.add("Origin")
+    headers["Vary"] = "Origin, Cookie"
     log.info(
         "%s %s %d %.1f ms user=%s id=%s",
         request.method,

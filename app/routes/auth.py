@@ -16,7 +16,7 @@ from werkzeug.exceptions import TooManyRequests
 from app import db, limiter, login_manager
 from app.models import User
 from app.models.user import hash_password, verify_password
-from app.routes import MAX_ID, PAGE, number_parameter, revalidated, string_field, unavailable
+from app.routes import MAX_ID, PAGE, number_parameter, revalidated, string_field, trouble
 
 USERNAME_LENGTH = 80
 PASSWORD_LENGTH = 1024
@@ -127,7 +127,7 @@ def list_users():
     try:
         found = User.statuses(valid_from())
     except SQLAlchemyError as error:
-        raise click.ClickException(unavailable(error).description) from None
+        raise click.ClickException(trouble(error)) from None
     for _, status in found:
         user = orjson.loads(status)
         click.echo(

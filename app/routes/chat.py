@@ -12,7 +12,7 @@ from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, NotFound
+from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, InternalServerError, NotFound
 
 from app import db
 from app.bot import BotError, BotTimeout, simulated_bot, with_pauses
@@ -27,6 +27,7 @@ from app.routes import (
     sentence,
     string_field,
     text_parameter,
+    trouble,
     unavailable,
 )
 
@@ -74,7 +75,10 @@ def create_conversation():
     """Open a conversation."""
     conversation = Conversation(name=string_field("name", 1, NAME_LENGTH), user_id=current_user.id)
     db.session.add(conversation)
-    db.session.commit()
+    try:
+        db.session.commit()
+    except IntegrityError:  # the account was deleted just before
+        abort(401)
     return conversation.summary(), 201
 
 
@@ -167,7 +171,7 @@ def demo():
     except IntegrityError:
         raise click.ClickException("the demo's users exist already") from None
     except SQLAlchemyError as error:
-        raise click.ClickException(unavailable(error).description) from None
+        raise click.ClickException(trouble(error)) from None
     click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
 
 
@@ -276,6 +280,9 @@ def stream(turn, pieces):
         except BotError as error:
             with app.app_context():
                 failure = gateway_error(error)
+        except Exception as error:
+            app.logger.exception("The bot has a bug")
+            failure = InternalServerError(original_exception=error)
         except BaseException:  # the client went away, or the server stops
             last_event(said)
             raise

@@ -1,0 +1,1 @@
+"""How fast the program is, beside a textbook version of itself: `python -m tests.benchmark`."""

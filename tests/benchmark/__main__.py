@@ -1,0 +1,186 @@
+"""`python -m tests.benchmark` measures the program beside the textbook version, and prints a Markdown table.
+
+It needs wrk. PostgreSQL is measured too if TEST_DATABASE_URL names a server where databases may be made.
+Both send into eight conversations in turn, one for each connection of wrk.
+"""
+
+import argparse
+import sqlite3
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from statistics import median
+
+from tests.benchmark.driving import (
+    CONNECTIONS,
+    DATABASES,
+    TIME,
+    Filler,
+    alternate,
+    gunicorn,
+    milliseconds,
+    note,
+    project,
+    table,
+    textbook,
+    wrk,
+)
+
+CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
+LARGE = 100  # as many times the conversations of the ordinary reader
+LIST, ME, STATUS, TEST = "/api/conversations", "/api/current_user", "/api/users/status", "/api/test"
+
+
+class Side:
+    """The program or the textbook version, served on a database of its own, with people in it."""
+
+    def __init__(self, stack, url, serve):
+        self.url = url
+        self.program = stack.enter_context(serve(url))
+        self.reader = self.program.signup("reader")
+        self.sender = self.program.signup("sender")
+        with closing(Filler(url, serve is textbook)) as filler:
+            filler.conversations(CONVERSATIONS, "1")
+            filler.messages(1, CONVERSATIONS * MESSAGES, f"(i - 1) / {MESSAGES} + 1")
+            filler.conversations(CONNECTIONS, "2")
+            filler.users(3, USERS)
+            filler.analyze()
+        first = CONVERSATIONS + 1
+        self.sends = [f"{LIST}/{id}/messages" for id in range(first, first + CONNECTIONS)]
+
+    def add_large(self):
+        """Add a user with very much to list."""
+        self.program.signup("large")
+        first = CONVERSATIONS + CONNECTIONS + 1
+        with closing(Filler(self.url)) as filler:
+            filler.conversations(CONVERSATIONS * LARGE, str(USERS + 1))
+            filler.messages(1, CONVERSATIONS * MESSAGES * LARGE, f"(i - 1) / {MESSAGES} + {first}")
+            filler.analyze()
+
+
+def measure(name, rounds, seconds):
+    """Yield the rows for one database: what, where, the program, the other, the ratio."""
+    with ExitStack() as stack:
+        ours, theirs = (Side(stack, stack.enter_context(DATABASES[name]()), serve) for serve in (project, textbook))
+        compare(ours.reader, theirs.reader)
+
+        def side_by_side(what, drive):
+            note(f"{name}: {what}")
+            rates = alternate(rounds, lambda: drive(ours), lambda: drive(theirs))
+            return f"{what}, 1/s", name, *rates, f"{rates[0] / rates[1]:.1f}"
+
+        def get(path):
+            return lambda side: wrk(side.program.port, seconds, [path], side.reader.cookie)
+
+        def send(side):
+            said = {"text": "Hello there, what do you make of this?"}
+            return wrk(side.program.port, seconds, side.sends, side.sender.cookie, said)
+
+        yield side_by_side("list 1,000 messages", get(LIST))
+        yield side_by_side("send a message", send)
+        yield side_by_side("who am I", get(ME))
+        yield side_by_side(f"status of {USERS} users", get(STATUS))
+        yield side_by_side("`/api/test`", get(TEST))
+        memory = [side.program.memory() / 1e6 for side in (ours, theirs)]
+        yield "memory of master and workers, MB", name, *memory, f"{memory[0] / memory[1]:.1f}"
+        theirs.program.stop()
+
+        ours.add_large()
+        ours.program.stop()
+        yield from large(name, ours.url, rounds)
+
+
+def compare(ours, theirs):
+    """Make sure that the two do equal work."""
+    listed, same = (reader.get(LIST).json for reader in (ours, theirs))
+    assert listed == same, "the two lists differ"
+    assert [len(conversation["messages"]) for conversation in listed] == [MESSAGES] * CONVERSATIONS
+    assert listed[0]["messages"][0]["created_at"] == TIME
+    assert ours.get(ME).json == theirs.get(ME).json
+    listed, same = ([sorted(user) for user in reader.get(STATUS).json["users"]] for reader in (ours, theirs))
+    assert listed == same
+    assert len(listed) == USERS
+
+
+def large(name, url, rounds):
+    """Yield how long a start takes, and what a hundred times the messages cost in time and memory."""
+    note(f"{name}: start, and list {CONVERSATIONS * MESSAGES * LARGE:,} messages")
+    starts, growths = [], []
+    for _ in range(rounds):
+        with project(url) as program:
+            starts.append(program.start)
+            with program.login("large") as reader:
+                # The first such answer of a worker: its memory at the peak over what it had before.
+                pids = program.workers()
+                before = [resident(pid, "VmRSS") for pid in pids]
+                assert len(reader.get(LIST).json) == CONVERSATIONS * LARGE
+                growths.append(max(resident(pid, "VmHWM") - was for pid, was in zip(pids, before, strict=True)))
+    yield "start on a migrated database, s", name, median(starts)
+    yield "peak of a worker that lists 100,000 messages, MB more", name, median(growths)
+
+    with project(url) as program, program.login("large") as much, program.login("reader") as little:
+
+        def listing(reader):
+            return milliseconds(reader, "GET", LIST)
+
+        slow, quick = alternate(rounds * 2, lambda: listing(much), lambda: median(listing(little) for _ in range(9)))
+        yield "list 100,000 messages against 1,000, ms", name, slow, quick, f"{slow / quick:.0f}"
+
+
+def resident(pid, field):
+    """Return a process's memory, now (VmRSS) or at its peak (VmHWM), in MB."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status[field].removesuffix("kB")) / 1000
+
+
+def against_bare_flask(rounds, seconds):
+    """Yield the row that sets `/api/test` beside the least that Flask can do on the same server."""
+    note("/api/test beside bare Flask")
+    with (
+        DATABASES["SQLite"]() as url,
+        project(url) as ours,
+        gunicorn("tests.benchmark.bare:app", "--worker-class=gevent") as bare,
+    ):
+        rates = alternate(rounds, *(lambda port=program.port: wrk(port, seconds, [TEST]) for program in (ours, bare)))
+    yield "`/api/test` against bare Flask, 1/s", "-", *rates, f"{rates[0] / rates[1]:.2f}"
+
+
+def ceiling(rounds, seconds):
+    """Yield how many pairs of messages SQLite can take, one after another, each safe on the disk."""
+    note("what SQLite can take")
+    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(f"{folder}/bare.db")) as connection:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("CREATE TABLE message (id INTEGER PRIMARY KEY, sender TEXT, text TEXT)")
+
+        def pairs():
+            began, count = time.monotonic(), 0
+            while time.monotonic() < began + seconds:
+                connection.execute("BEGIN IMMEDIATE")
+                for sender in ("user", "bot"):
+                    connection.execute("INSERT INTO message (sender, text) VALUES (?, 'Hello there')", (sender,))
+                connection.execute("COMMIT")
+                count += 1
+            return count / seconds
+
+        yield "bare `BEGIN IMMEDIATE; INSERT x2; COMMIT`, WAL, FULL, 1/s", "SQLite", *alternate(rounds, pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured; medians count (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=3, help="how long one round of one takes (%(default)s)")
+    options = parser.parse_args()
+    rows = [("", "database", "program", "other", "ratio")]
+    for name in DATABASES:
+        rows.extend(measure(name, options.rounds, options.seconds))
+    rows.extend(against_bare_flask(options.rounds, options.seconds))
+    rows.extend(ceiling(options.rounds, options.seconds))
+    sys.stdout.write(f"{CONNECTIONS} connections, 2 workers; medians of {options.rounds} rounds, taken in turn\n\n")
+    table(*((*row, *[""] * (5 - len(row))) for row in rows))
+
+
+main()

@@ -1,0 +1,100 @@
+"""`python -m tests.benchmark.scale` fills a database as far as asked and measures it beside one of 1,000 messages.
+
+With TEST_DATABASE_URL it does so on PostgreSQL too. Both databases have the same reader, whose thousand messages lie
+scattered over all that was said meanwhile. Ten million messages take a few minutes and 2 GB of disk for each database.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack, closing
+from statistics import median
+
+from tests.benchmark.driving import DATABASES, Filler, alternate, milliseconds, note, number, project, table
+
+CONVERSATIONS, MESSAGES = 50, 20  # the reader's
+PER_CONVERSATION, PER_USER = 50, 1000  # everybody else's messages
+LIST = "/api/conversations"
+
+
+class Side:
+    """The program, served on a database with so many messages."""
+
+    def __init__(self, stack, url, messages):
+        self.program = stack.enter_context(project(url))
+        self.program.signup("reader")
+        others = messages - CONVERSATIONS * MESSAGES
+        users, conversations = others // PER_USER, others // PER_CONVERSATION
+        began = time.monotonic()
+        with closing(Filler(url)) as filler:
+            filler.users(2, users + 1)
+            filler.conversations(CONVERSATIONS, "1")
+            filler.conversations(conversations, f"(i - 1) % {users or 1} + 2")
+            for part in range(MESSAGES):
+                first, last = (others * step // MESSAGES + 1 for step in (part, part + 1))
+                # Turn and turn about, as if everybody talked at once: what is said in a row is said here and there.
+                filler.messages(first, last - 1, f"i * 7919 % {conversations or 1} + {CONVERSATIONS + 1}")
+                filler.messages(1, CONVERSATIONS, "i")
+                note(f"{last - 1:,} messages after {time.monotonic() - began:.0f} s")
+            filler.analyze()
+            self.size = filler.size()
+        self.users = users + 1
+        self.reader = self.program.login("reader")
+
+    def list(self):
+        return milliseconds(self.reader, "GET", LIST)
+
+    def send(self):
+        return milliseconds(self.reader, "POST", f"{LIST}/7/messages", {"text": "Hello there, what do you make of it?"})
+
+    def delete(self):
+        """Delete a conversation of twenty messages."""
+        id = self.reader.create()
+        for _ in range(MESSAGES // 2):
+            self.reader.send(id)
+        return milliseconds(self.reader, "DELETE", f"{LIST}/{id}")
+
+    def me(self):
+        return milliseconds(self.reader, "GET", "/api/current_user")
+
+    def status(self):
+        return milliseconds(self.reader, "GET", "/api/users/status")
+
+
+def measure(name, messages, rounds):
+    """Yield the rows for one database."""
+    with ExitStack() as stack:
+        few, many = (Side(stack, stack.enter_context(DATABASES[name]()), count) for count in (1000, messages))
+        for what, act in (
+            ("list 1,000 messages, ms", Side.list),
+            ("send a message, ms", Side.send),
+            ("delete a conversation of 20 messages, ms", Side.delete),
+            ("who am I, ms", Side.me),
+            (f"status of {many.users:,} users, against {few.users:,}, ms", Side.status),
+        ):
+
+            def several(side, act=act):
+                return median(act(side) for _ in range(5))
+
+            figures = alternate(rounds, lambda: several(many), lambda: several(few))
+            yield what, name, *figures, f"{figures[0] / figures[1]:.2f}"
+        yield "size of the database, MB", name, many.size / 1e6, few.size / 1e6, number(many.size / few.size)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark.scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--messages", type=int, default=10_000_000, help="how many to fill in (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=11, help="how often each is measured; medians count (%(default)s)"
+    )
+    options = parser.parse_args()
+    rows = [("", "database", f"{options.messages:,} messages", "1,000", "ratio")]
+    for name in DATABASES:
+        for row in measure(name, options.messages, options.rounds):
+            note(row)
+            rows.append(row)
+    sys.stdout.write(f"One client, 2 workers; medians of {options.rounds} rounds of five, taken in turn\n\n")
+    table(*rows)
+
+
+main()
