@@ -1,6 +1,7 @@
 """The application factory and the extensions."""
 
 import logging
+from functools import lru_cache
 
 import flask
 from flask.logging import default_handler
@@ -26,14 +27,18 @@ limiter = Limiter(get_remote_address, strategy="moving-window")
 
 
 class CookieSessions(SecureCookieSessionInterface):
-    """Flask's signed cookies without an age: the moment of the login decides, so no two servers' clocks need agree."""
+    """Flask's signed cookies, each verified once, and without an age.
+
+    The moment of the login decides what is alive, so no two servers' clocks need agree.
+    """
+
+    def __init__(self, app):
+        self.serializer = super().get_signing_serializer(app)
+        loads = self.serializer.loads
+        self.serializer.loads = lru_cache(10_000)(lambda value, max_age: loads(value))
 
     def get_signing_serializer(self, app):
-        serializer = super().get_signing_serializer(app)
-        if serializer:
-            loads = serializer.loads
-            serializer.loads = lambda value, max_age: loads(value)
-        return serializer
+        return self.serializer
 
 
 def create_app(config=None):
@@ -48,7 +53,7 @@ def create_app(config=None):
     app.config.update(settings(config))
     app.logger.setLevel(logging.INFO)
     default_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    app.session_interface = CookieSessions()
+    app.session_interface = CookieSessions(app)
     if proxies := app.config["TRUSTED_PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=proxies, x_proto=proxies)
 
@@ -56,7 +61,7 @@ def create_app(config=None):
     with app.app_context():
         prepare(db.engine)
     migrate.init_app(app)
-    login_manager.init_app(app, add_context_processor=False)
+    app.login_manager = login_manager  # all of its init_app but a hook for the remember cookie, which nobody gets
     app.extensions["limiter"] = {
         limiter
     }  # known already, so it hooks into no request: throttle() asks it where it must

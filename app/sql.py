@@ -9,6 +9,8 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
+MAX_ID = 2**63 - 1
+
 
 class UTCDateTime(TypeDecorator):
     """A moment, always aware and in UTC; to the microsecond.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING
 
 from orjson import Fragment
@@ -35,7 +36,7 @@ class Conversation(db.Model):
     @classmethod
     def owned(cls, conversation_id, user):
         """Return that conversation of that user, or None."""
-        return db.session.scalar(db.select(cls).where(cls.id == conversation_id, cls.user_id == user.id))
+        return db.session.scalar(OWNED, {"id": conversation_id, "user": user.id})
 
     @classmethod
     def listed(cls, user, only=None, limit=None, before=None, messages=None, q=None):
@@ -45,29 +46,50 @@ class Conversation(db.Model):
         `messages`: at most so many in each, its newest. `q`: just those with that text in the name or in a
         message, in any case.
         """
-        shown = Message.stretch(cls.id, messages).subquery()
-        texts = db.select(db.func.aggregate_strings(shown.c.json, ",")).scalar_subquery()
-        query = db.select(cls.id, cls.name, texts).where(cls.user_id == user.id)
-        if only is not None:
-            query = query.where(cls.id == only)
-        if before is not None:
-            query = query.where(cls.id < before)
+        query = listing(only is not None, limit is not None, before is not None, messages is not None)
         if q is not None:
             said = db.select(Message.id).where(Message.conversation_id == cls.id)
             said = said.where(Message.text.icontains(q, autoescape=True)).limit(1).scalar_subquery()
             # Not EXISTS, for which PostgreSQL may read everybody's messages.
             query = query.where(cls.name.icontains(q, autoescape=True) | said.is_not(None))
-        query = query.order_by(cls.id) if limit is None else query.order_by(cls.id.desc()).limit(limit)
+        given = {"user": user.id, "only": only, "limit": limit, "before": before, "messages": messages}
         return [
             {"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")}
-            for id, name, texts in db.session.execute(query)
+            for id, name, texts in db.session.connection().execute(query, given)
         ]
 
     def history(self, limit):
         """Return the last `limit` messages as (sender, text), oldest first."""
-        last = db.select(Message.sender, Message.text).where(Message.conversation_id == self.id)
-        return [tuple(row) for row in db.session.execute(last.order_by(Message.id.desc()).limit(limit))][::-1]
+        rows = db.session.connection().execute(LAST, {"conversation": self.id, "limit": limit})
+        return [tuple(row) for row in rows][::-1]
 
     def summary(self):
         """Return the conversation in the wire format, without its messages."""
         return {"id": self.id, "name": self.name}
+
+
+# Statements are built once: that takes longer than to run them.
+OWNED = db.select(Conversation).where(
+    Conversation.id == db.bindparam("id"), Conversation.user_id == db.bindparam("user")
+)
+LAST = (
+    db.select(Message.sender, Message.text)
+    .where(Message.conversation_id == db.bindparam("conversation"))
+    .order_by(Message.id.desc())
+    .limit(db.bindparam("limit"))
+)
+
+
+@cache
+def listing(only, limit, before, messages):
+    """Build the statement of Conversation.listed, with these parameters or without."""
+    shown = Message.stretch(Conversation.id, db.bindparam("messages") if messages else None).subquery()
+    texts = db.select(db.func.aggregate_strings(shown.c.json, ",")).scalar_subquery()
+    query = db.select(Conversation.id, Conversation.name, texts).where(Conversation.user_id == db.bindparam("user"))
+    if only:
+        query = query.where(Conversation.id == db.bindparam("only"))
+    if before:
+        query = query.where(Conversation.id < db.bindparam("before"))
+    if limit:
+        return query.order_by(Conversation.id.desc()).limit(db.bindparam("limit"))
+    return query.order_by(Conversation.id)

@@ -45,10 +45,12 @@ class Message(db.Model):
             {"sender": "user", "text": text, "created_at": asked_at, "idempotency_key": key},
             {"sender": "bot", "text": reply, "created_at": datetime.now(UTC), "idempotency_key": None},
         ]
-        insert = (
-            db.insert(cls).values(conversation_id=conversation_id).returning(cls.json, sort_by_parameter_order=True)
+        return (
+            db.session.connection()
+            .execute(ADD, [{"conversation_id": conversation_id, **half} for half in pair])
+            .scalars()
+            .all()
         )
-        return db.session.scalars(insert, pair).all()
 
     @classmethod
     def stretch(cls, conversation_id, limit=None, before=None):
@@ -83,3 +85,5 @@ Message.json = json_object(
     *("created_at", utc_text(Message.created_at)),
 )
 """A message in the wire format, as the database writes it."""
+
+ADD = Message.__table__.insert().returning(Message.json, sort_by_parameter_order=True)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from app import db
-from app.sql import json_object, utc_text
+from app.sql import MAX_ID, json_object, utc_text
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -42,12 +42,12 @@ class User(UserMixin, db.Model):
     @classmethod
     def named(cls, username):
         """Return the user of that name, or None."""
-        return db.session.scalar(db.select(cls).where(cls.username == username))
+        return db.session.scalar(NAMED, {"username": username})
 
     @classmethod
     def locked(cls, key):
         """Return the user as the row is now, and keep others from changing it until the transaction ends."""
-        return db.session.get(cls, key, with_for_update={"key_share": True}, populate_existing=True)
+        return db.session.scalar(LOCKED, {"key": key})
 
     @classmethod
     def of_session(cls, token, valid_from):
@@ -55,7 +55,7 @@ class User(UserMixin, db.Model):
         parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
         if not parts:
             return None
-        user = db.session.get(cls, int(parts[1]))
+        user = db.session.scalar(OF_KEY, {"key": int(parts[1])})
         moment = EPOCH + int(parts[2]) * TICK
         if user is None or not user.has_session(moment, valid_from):
             return None
@@ -63,21 +63,9 @@ class User(UserMixin, db.Model):
         return user
 
     @classmethod
-    def statuses(cls, valid_from, limit=None, after=0):
-        """Return everybody's user_id and presence in the wire format, a JSON text, oldest user first.
-
-        With a `limit`, just so many, of user_ids above `after`.
-        """
-        online = cls.is_logged_in & (cls.last_login >= valid_from)
-        status = json_object(
-            *("user_id", cls.user_id),
-            *("username", cls.username),
-            *("status", db.case((online, "Online"), else_="Offline")),
-            *("last_login", utc_text(cls.last_login)),
-            *("last_logout", utc_text(cls.last_logout)),
-        )
-        query = db.select(cls.user_id, status).where(cls.user_id > after).order_by(cls.user_id).limit(limit)
-        return db.session.execute(query).all()
+    def statuses(cls, valid_from, limit=MAX_ID, after=0):
+        """Return user_id and presence in the wire format, a JSON text, of users above `after`, oldest first."""
+        return db.session.connection().execute(STATUSES, {"valid_from": valid_from, "limit": limit, "after": after}).all()
 
     def still_here(self, valid_from):
         """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
@@ -114,6 +102,26 @@ class User(UserMixin, db.Model):
     def summary(self):
         """Return what the API tells a user about themselves."""
         return {"id": self.id, "user_id": self.user_id, "username": self.username}
+
+
+# Statements are built once: that takes longer than to run them.
+OF_KEY = db.select(User).where(User.id == db.bindparam("key"))
+LOCKED = OF_KEY.with_for_update(key_share=True).execution_options(populate_existing=True)
+NAMED = db.select(User).where(User.username == db.bindparam("username"))
+ONLINE = User.is_logged_in & (User.last_login >= db.bindparam("valid_from"))
+STATUS = json_object(
+    *("user_id", User.user_id),
+    *("username", User.username),
+    *("status", db.case((ONLINE, "Online"), else_="Offline")),
+    *("last_login", utc_text(User.last_login)),
+    *("last_logout", utc_text(User.last_logout)),
+)
+STATUSES = (
+    db.select(User.user_id, STATUS)
+    .where(User.user_id > db.bindparam("after"))
+    .order_by(User.user_id)
+    .limit(db.bindparam("limit"))
+)
 
 
 def hash_password(password, method):

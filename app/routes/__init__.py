@@ -18,7 +18,6 @@ from app import login_manager
 from app.sql import lacks_schema
 
 CLIENT_TIMEOUT = 30  # seconds without a byte from or to a client
-MAX_ID = 2**63 - 1
 PAGE = 100  # at most so many items on a page
 RETRY_AFTER = 2  # seconds after which to try again when the database is away
 AWAY = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)  # or locked, full, read-only
@@ -61,9 +60,7 @@ def init_app(app):
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     login_manager.unauthorized_handler(lambda: abort(401))
-    app.before_request(start)
-    app.before_request(guard_origin)
-    app.before_request(read_body)
+    app.before_request(begin)
     app.after_request(finish)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(exc.SQLAlchemyError, database_error)
@@ -72,29 +69,33 @@ def init_app(app):
     app.add_url_rule("/api/openapi.json", "openapi", lambda: revalidated(description))
 
 
-def start():
-    """Note when the request came in, and what it is to be called."""
+def begin():
+    """Name the request, and let in what changes something only with a known origin and a whole body."""
+    environ = request.environ
     g.started = time.perf_counter()
-    given = request.headers.get("X-Request-ID", "")
+    given = environ.get("HTTP_X_REQUEST_ID", "")
     g.request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
+    if environ["REQUEST_METHOD"] not in ("GET", "HEAD", "OPTIONS"):
+        lose_patience()
+        guard_origin()
+        read_body()
+
+
+def lose_patience():
+    """Hang up on a client that neither sends nor takes a byte for CLIENT_TIMEOUT."""
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(CLIENT_TIMEOUT)
 
 
 def guard_origin():
     """Refuse a write that a page of an unknown origin makes a browser send. Without an Origin it is no browser."""
-    origin = request.headers.get("Origin")
-    if origin is None or request.method in ("GET", "HEAD", "OPTIONS"):
-        return
-    if origin != request.host_url.rstrip("/") and origin not in current_app.config["CORS_ORIGINS"]:
+    origin = request.headers.get("Origin", "")
+    if origin and origin != request.host_url.rstrip("/") and origin not in current_app.config["CORS_ORIGINS"]:
         abort(403, "Origin not allowed")
 
 
 def read_body():
     """Read the whole body before anything else happens, so that a slow client holds no database connection."""
-    connection = request.environ.get("gunicorn.socket")
-    if connection:
-        connection.settimeout(CLIENT_TIMEOUT)
-    if request.method in ("GET", "HEAD", "OPTIONS"):
-        return
     try:
         size = len(request.get_data())
         # Werkzeug cuts a chunked body off at the limit without a word, and takes what came of one that broke off.
@@ -205,10 +206,13 @@ def trouble(error):
 def finish(response):
     """Add the headers that every answer has, and log the request in one line."""
     headers = response.headers
-    headers["X-Request-ID"] = g.request_id
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers.setdefault("Cache-Control", "no-store")
-    headers["Vary"] = "Origin, Cookie"
+    if len(headers.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
+        lose_patience()
+    headers.add("X-Request-ID", g.request_id)
+    headers.add("X-Content-Type-Options", "nosniff")
+    headers.add("Vary", "Origin, Cookie")
+    if "Cache-Control" not in headers:
+        headers.add("Cache-Control", "no-store")
     log.info(
         "%s %s %d %.1f ms user=%s id=%s",
         request.method,

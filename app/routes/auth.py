@@ -16,7 +16,8 @@ from werkzeug.exceptions import TooManyRequests
 from app import db, limiter, login_manager
 from app.models import User
 from app.models.user import hash_password, verify_password
-from app.routes import MAX_ID, PAGE, number_parameter, revalidated, string_field, trouble
+from app.routes import PAGE, number_parameter, revalidated, string_field, trouble
+from app.sql import MAX_ID
 
 USERNAME_LENGTH = 80
 PASSWORD_LENGTH = 1024
@@ -93,7 +94,7 @@ def users_status():
     after = number_parameter("after", 0, MAX_ID)
     if after is not None and not limit:
         abort(400, "after goes with limit")
-    found = User.statuses(valid_from(), limit and limit + 1, after or 0)
+    found = User.statuses(valid_from(), limit + 1 if limit else MAX_ID, after or 0)
     page = found[:limit]
     following = {"after": page[-1].user_id} if len(found) > len(page) else {}
     return revalidated({"users": [Fragment(status) for _, status in page]}, **following)

@@ -19,7 +19,6 @@ from app.bot import BotError, BotTimeout, simulated_bot, with_pauses
 from app.models import Conversation, Message, User
 from app.models.user import hash_password
 from app.routes import (
-    MAX_ID,
     PAGE,
     http_error,
     number_parameter,
@@ -30,6 +29,7 @@ from app.routes import (
     trouble,
     unavailable,
 )
+from app.sql import MAX_ID
 
 NAME_LENGTH = 255
 TEXT_LENGTH = 100_000
