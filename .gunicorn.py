@@ -2,7 +2,6 @@
 
 import logging
 
-wsgi_app = "run:app"
 worker_class = "gevent"
 keepalive = 5  # seconds for a client to send its next head
 graceful_timeout = 12  # seconds from SIGTERM to the end of everything

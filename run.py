@@ -34,7 +34,7 @@ def main(arguments):
     os.environ["SESSIONS_VALID_FROM"] = app.config["SESSIONS_VALID_FROM"].isoformat()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     options = [f"--config={folder / '.gunicorn.py'}", f"--chdir={folder}", f"--bind={address}"]
-    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options, *arguments, "run:app"])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """What SQLite and PostgreSQL say differently, said once, so that nothing else in the program asks which it is."""
 
+import time
 from datetime import UTC, datetime
 
 from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, text
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 MAX_ID = 2**63 - 1
+IDLE = 1  # seconds after which a pooled connection is tried out before it is used
 
 
 class UTCDateTime(TypeDecorator):
@@ -97,40 +100,65 @@ def where(condition):
 
 
 def engine_options(url):
-    """Return how to connect to a database of that URL."""
+    """Return how to connect to a database of that URL; times are in seconds."""
     if url.startswith("sqlite"):
-        # Transactions that write take the lock as they begin; for as many seconds they wait for it.
         return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 10}}
-    return {
-        "connect_args": {"connect_timeout": 5},  # seconds, like the next
-        "pool_timeout": 10,
-        "pool_pre_ping": True,
-    }
+    return {"connect_args": {"connect_timeout": 5, "autocommit": True}, "pool_timeout": 10}
+
+
+def begin(connection):
+    """Begin a transaction that may write, unless one has begun, on a connection of the driver."""
+    if hasattr(connection, "in_transaction"):  # sqlite3
+        if not connection.in_transaction:
+            connection.execute("BEGIN IMMEDIATE")
+    elif not connection.info.transaction_status:  # psycopg: IDLE is 0
+        connection.execute("BEGIN")
 
 
 def prepare(engine):
-    """Make every connection of a SQLite engine durable, strict about foreign keys and able to lock."""
-    if engine.dialect.name != "sqlite":
-        return
-
-    @event.listens_for(engine, "connect")
-    def set_pragmas(connection, record):
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.create_function("lower", 1, str.lower, deterministic=True)  # its own knows only ASCII
-
-    @event.listens_for(engine, "handle_error")
-    def forget_read_only(context):
-        # A connection to a file that was read-only stays read-only: the pool must make new ones.
-        if "readonly" in str(context.original_exception):
-            context.is_disconnect = True
+    """Make an engine's connections read without a transaction, lock as they begin to write, and SQLite's durable."""
 
     @event.listens_for(engine, "before_cursor_execute")
-    def lock_for_update(connection, cursor, statement, parameters, context, executemany):
-        # SQLite has no SELECT ... FOR UPDATE, and its driver begins no transaction for a SELECT.
+    def begin_to_write(connection, cursor, statement, parameters, context, executemany):
+        # A SELECT ... FOR UPDATE locks on both: SQLite ignores the words, but not the transaction.
         select = context.compiled and context.compiled.statement
-        if getattr(select, "_for_update_arg", None) is not None and not cursor.connection.in_transaction:
-            cursor.execute("BEGIN IMMEDIATE")
+        locks = getattr(select, "_for_update_arg", None) is not None
+        if locks or context.isinsert or context.isupdate or context.isdelete:
+            begin(cursor.connection)
+
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", set_up_sqlite)
+        event.listen(engine, "handle_error", forget_read_only)
+    else:
+        event.listen(engine, "checkin", note_use)
+        event.listen(engine, "checkout", make_sure)
+
+
+def set_up_sqlite(connection, record):
+    """Make a connection to SQLite durable, strict about foreign keys, and know the letters that Python knows."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.create_function("lower", 1, str.lower, deterministic=True)
+
+
+def forget_read_only(context):
+    """Drop the connections to a file that was read-only when they were made: they stay so, new ones need not."""
+    if "readonly" in str(context.original_exception):
+        context.is_disconnect = True
+
+
+def note_use(connection, record):
+    """Remember when a connection to PostgreSQL was last known to be good."""
+    record.info["used"] = time.monotonic()
+
+
+def make_sure(connection, record, proxy):
+    """Try out a connection that has lain idle: the server may be another by now."""
+    if time.monotonic() - record.info.get("used", time.monotonic()) > IDLE:
+        try:
+            connection.execute("SELECT 1")
+        except Exception as error:
+            raise DisconnectionError from error
 
 
 def lacks_schema(error):

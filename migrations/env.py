@@ -5,6 +5,8 @@ from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy.exc import DBAPIError
 
+from app.sql import begin
+
 db = current_app.extensions["migrate"].db
 options = {
     **current_app.extensions["migrate"].configure_args,
@@ -18,8 +20,8 @@ def migrate(connection):
     if connection.dialect.name == "sqlite":
         # Altering a table here is copying it, and dropping the old one must not cascade to its children.
         connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    else:
+    begin(connection.connection.dbapi_connection)
+    if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
     context.configure(connection=connection, **options)
     with context.begin_transaction():

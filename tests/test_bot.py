@@ -309,9 +309,9 @@ def test_the_package_openai_is_imported_only_for_a_model():
     program = """if True:
         import sys
         from app import create_app
-        create_app({"DATABASE_URL": "sqlite:///:memory:"})
+        create_app({"DATABASE_URL": "sqlite:///unused.db"})
         assert "openai" not in sys.modules
-        create_app({"DATABASE_URL": "sqlite:///:memory:", "BOT_MODEL": "tiny"})
+        create_app({"DATABASE_URL": "sqlite:///unused.db", "BOT_MODEL": "tiny"})
         assert "openai" in sys.modules
     """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=PATIENCE)

@@ -14,9 +14,10 @@ from urllib.parse import urlencode, urlsplit
 import pytest
 
 from app.bot import BotTimeout
-from app.routes import MAX_ID, PAGE
+from app.routes import PAGE
 from app.routes.auth import PASSWORD_LENGTH, USERNAME_LENGTH
 from app.routes.chat import MESSAGES, NAME_LENGTH, PAUSE, TEXT_LENGTH
+from app.sql import MAX_ID
 from tests.conftest import PASSWORD, Client
 from tests.serving import PATIENCE, ROOT, free_port
 from tests.test_browsers import FLAGS
@@ -174,7 +175,8 @@ def walk(make_app, assert_valid, tmp_path):
         ada.logout()
         bob.delete("/api/account", json={"password": PASSWORD})
         for url in (f"postgresql://chat@127.0.0.1:{free_port()}/chat", f"sqlite:///{tmp_path / 'empty.db'}"):
-            lose_database(make_app(SECRET_KEY="secret", DATABASE_URL=url), cookie)
+            same = {"SECRET_KEY": "secret", "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
+            lose_database(make_app(DATABASE_URL=url, **same), cookie)
         return Witness.seen
 
     return go

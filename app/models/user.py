@@ -53,11 +53,15 @@ class User(UserMixin, db.Model):
     def of_session(cls, token, valid_from):
         """Return the user whose session `token` (see get_id) names, if it is alive, or None."""
         parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
-        if not parts:
+        moment = parts and EPOCH + int(parts[2]) * TICK
+        if moment is None or moment < valid_from:
             return None
-        user = db.session.scalar(OF_KEY, {"key": int(parts[1])})
-        moment = EPOCH + int(parts[2]) * TICK
-        if user is None or not user.has_session(moment, valid_from):
+        return cls._with_session(OF_KEY, int(parts[1]), moment)
+
+    @classmethod
+    def _with_session(cls, statement, key, moment):
+        user = db.session.scalar(statement, {"key": key})
+        if user is None or not user.is_logged_in or (user.last_logout and moment <= user.last_logout):
             return None
         user.moment = moment
         return user
@@ -65,23 +69,17 @@ class User(UserMixin, db.Model):
     @classmethod
     def statuses(cls, valid_from, limit=MAX_ID, after=0):
         """Return user_id and presence in the wire format, a JSON text, of users above `after`, oldest first."""
-        return db.session.connection().execute(STATUSES, {"valid_from": valid_from, "limit": limit, "after": after}).all()
+        return (
+            db.session.connection().execute(STATUSES, {"valid_from": valid_from, "limit": limit, "after": after}).all()
+        )
 
-    def still_here(self, valid_from):
+    def still_here(self):
         """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
-        user = self.locked(self.id)
-        if user is None or not user.has_session(self.moment, valid_from):
-            return None
-        user.moment = self.moment
-        return user
+        return self._with_session(LOCKED, self.id, self.moment)
 
     def get_id(self):
         """Name the session at hand: what the cookie carries."""
         return f"{self.id}.{(self.moment - EPOCH) // TICK}"
-
-    def has_session(self, moment, valid_from):
-        """Tell whether a session opened at `moment` is alive."""
-        return self.is_logged_in and moment >= valid_from and (self.last_logout is None or moment > self.last_logout)
 
     def log_in(self, valid_from):
         """Open a session; call with the row locked.

@@ -73,7 +73,7 @@ def logout(user_id):
     """End all sessions of the caller, on every device."""
     if user_id != current_user.user_id:
         abort(403, "Cannot logout different user")
-    user = current_user.still_here(valid_from()) or abort(401)
+    user = current_user.still_here() or abort(401)
     user.log_out()
     db.session.commit()
     close_session()
@@ -190,7 +190,7 @@ def still_authenticated(password, new_password=None):
     caller = current_user._get_current_object()
     if authenticated(caller.username, caller, password, new_password) is None:
         abort(403, "Wrong password")
-    return caller.still_here(valid_from()) or abort(401)
+    return caller.still_here() or abort(401)
 
 
 def open_session(user):

@@ -226,7 +226,7 @@ class Turn:
         """
         if not reply.strip():
             raise BotError("the bot said nothing")
-        if self.user.still_here(current_app.config["SESSIONS_VALID_FROM"]) is None:
+        if self.user.still_here() is None:
             abort(401)
         try:
             pair = Message.add_pair(self.conversation_id, self.text, self.asked_at, reply, self.key)
