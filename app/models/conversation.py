@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING
 
 from orjson import Fragment
 from sqlalchemy import ForeignKey, Index, String
@@ -12,9 +11,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
 from app.models.message import Message
-
-if TYPE_CHECKING:
-    from app.models.user import User
+from app.models.user import ALIVE, User
 
 
 class Conversation(db.Model):
@@ -58,6 +55,15 @@ class Conversation(db.Model):
             for id, name, texts in db.session.connection().execute(query, given)
         ]
 
+    @classmethod
+    def lock(cls, conversation_id, user):
+        """Keep others from changing that conversation until the transaction ends.
+
+        False if it is gone, or if the session of `user`, whose it is, has ended.
+        """
+        given = {"id": conversation_id, "user": user.id, "moment": user.moment}
+        return db.session.connection().scalar(LOCKED, given) is not None
+
     def history(self, limit):
         """Return the last `limit` messages as (sender, text), oldest first."""
         rows = db.session.connection().execute(LAST, {"conversation": self.id, "limit": limit})
@@ -71,6 +77,12 @@ class Conversation(db.Model):
 # Statements are built once: that takes longer than to run them.
 OWNED = db.select(Conversation).where(
     Conversation.id == db.bindparam("id"), Conversation.user_id == db.bindparam("user")
+)
+LOCKED = (
+    db.select(Conversation.id)
+    .join(Conversation.user)
+    .where(Conversation.id == db.bindparam("id"), Conversation.user_id == db.bindparam("user"), ALIVE)
+    .with_for_update(key_share=True, of=Conversation)
 )
 LAST = (
     db.select(Message.sender, Message.text)

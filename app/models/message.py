@@ -38,8 +38,8 @@ class Message(db.Model):
     def add_pair(cls, conversation_id, text, asked_at, reply, key=None):
         """Insert what a user said and what the bot replied; return both in the wire format, a JSON text each.
 
-        Call with the user's row locked: it is what keeps the two next to each other. Raises IntegrityError
-        when the conversation is gone, or has a message of that idempotency key.
+        Call with the conversation locked: it is what keeps the two next to each other. Raises IntegrityError
+        when the conversation has a message of that idempotency key.
         """
         pair = [
             {"sender": "user", "text": text, "created_at": asked_at, "idempotency_key": key},

@@ -56,14 +56,13 @@ class User(UserMixin, db.Model):
         moment = parts and EPOCH + int(parts[2]) * TICK
         if moment is None or moment < valid_from:
             return None
-        return cls._with_session(OF_KEY, int(parts[1]), moment)
+        return cls._of_session(OF_SESSION, int(parts[1]), moment)
 
     @classmethod
-    def _with_session(cls, statement, key, moment):
-        user = db.session.scalar(statement, {"key": key})
-        if user is None or not user.is_logged_in or (user.last_logout and moment <= user.last_logout):
-            return None
-        user.moment = moment
+    def _of_session(cls, statement, key, moment):
+        user = db.session.scalar(statement, {"key": key, "moment": moment})
+        if user:
+            user.moment = moment
         return user
 
     @classmethod
@@ -75,7 +74,7 @@ class User(UserMixin, db.Model):
 
     def still_here(self):
         """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
-        return self._with_session(LOCKED, self.id, self.moment)
+        return self._of_session(LOCKED_OF_SESSION, self.id, self.moment)
 
     def get_id(self):
         """Name the session at hand: what the cookie carries."""
@@ -105,6 +104,8 @@ class User(UserMixin, db.Model):
 # Statements are built once: that takes longer than to run them.
 OF_KEY = db.select(User).where(User.id == db.bindparam("key"))
 LOCKED = OF_KEY.with_for_update(key_share=True).execution_options(populate_existing=True)
+ALIVE = User.is_logged_in & (User.last_logout.is_(None) | (User.last_logout < db.bindparam("moment")))
+OF_SESSION, LOCKED_OF_SESSION = OF_KEY.where(ALIVE), LOCKED.where(ALIVE)
 NAMED = db.select(User).where(User.username == db.bindparam("username"))
 ONLINE = User.is_logged_in & (User.last_login >= db.bindparam("valid_from"))
 STATUS = json_object(

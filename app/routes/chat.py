@@ -222,22 +222,22 @@ class Turn:
         """Store the message and its reply, both or neither; return the pair in the wire format and its headers.
 
         Aborts with 401 if the session is over by now, with 404 if the conversation is gone. If an equal send was
-        faster, the pair is the one which that has stored.
+        faster, the pair is the one that it has stored.
         """
         if not reply.strip():
             raise BotError("the bot said nothing")
-        if self.user.still_here() is None:
-            abort(401)
+        if not Conversation.lock(self.conversation_id, self.user):
+            abort(404, "Conversation not found") if self.user.still_here() else abort(401)
         try:
             pair = Message.add_pair(self.conversation_id, self.text, self.asked_at, reply, self.key)
             db.session.commit()
-        except IntegrityError:
+        except IntegrityError:  # an equal send was faster
             db.session.rollback()
-            return self.replayed() or abort(404, "Conversation not found")
+            return self.replayed()
         return [Fragment(message) for message in pair], {}
 
     def replayed(self):
-        """Return the same for a send that is stored already, or None. Aborts with 409 if it had another text."""
+        """Return the pair and the headers if a send of this key is stored already; abort with 409 for another text."""
         stored = self.key and Message.pair_of(self.conversation_id, self.key)
         if not stored:
             return None
