@@ -2,6 +2,8 @@
 
 import logging
 
+from greenlet import GreenletExit
+
 worker_class = "gevent"
 keepalive = 5  # seconds for a client to send its next head
 graceful_timeout = 12  # seconds from SIGTERM to the end of everything
@@ -9,11 +11,11 @@ control_socket_disable = True
 
 
 @logging.getLogger("gunicorn.error").addFilter
-def without_quotes(record):
-    """Cut what gunicorn quotes of a malformed request off its line: it may hold a password."""
+def discreet(record):
+    """Cut what gunicorn quotes of a malformed request off its line, it may hold a password; drop what is no error."""
     if str(record.msg).startswith("Invalid request from"):
         record.msg = record.msg.partition(": ")[0]
-    return True
+    return not record.exc_info or record.exc_info[0] is not GreenletExit  # an idle connection, at the very end
 
 
 def post_fork(server, worker):

@@ -61,21 +61,18 @@ def create_app(config=None):
     with app.app_context():
         prepare(db.engine)
     migrate.init_app(app)
-    app.login_manager = login_manager  # all of its init_app but a hook for the remember cookie, which nobody gets
-    app.extensions["limiter"] = {
-        limiter
-    }  # known already, so it hooks into no request: throttle() asks it where it must
+    # All of its init_app, but for a hook into every request for the remember cookie, which nobody gets.
+    app.login_manager = login_manager
+    # Known already, the limiter hooks into no request: throttle() asks it where it must.
+    app.extensions["limiter"] = {limiter}
     limiter.init_app(app)
 
     app.extensions["bot"] = make_bot(app.config)
     init_app(app)
     app.register_blueprint(auth.bp)
     app.register_blueprint(chat.bp)
-    app.register_blueprint(
-        get_swaggerui_blueprint(
-            "/api/docs", "/api/openapi.json", {"app_name": "AI Chatbot Backend", "validatorUrl": None}
-        )
-    )
+    documentation = {"app_name": "AI Chatbot Backend", "validatorUrl": None}
+    app.register_blueprint(get_swaggerui_blueprint("/api/docs", "/api/openapi.json", documentation))
     cors.init_app(app)
     return app
 
@@ -91,9 +88,10 @@ def settings(config):
     patience = {}
     if values["RATE_LIMIT_STORAGE"].startswith("redis"):
         patience = {"socket_connect_timeout": 1, "socket_timeout": 1}  # seconds
+    url = config.get("SQLALCHEMY_DATABASE_URI", values["DATABASE_URL"])
     values.update(
-        SQLALCHEMY_DATABASE_URI=values["DATABASE_URL"],
-        SQLALCHEMY_ENGINE_OPTIONS=engine_options(values["DATABASE_URL"]),
+        SQLALCHEMY_DATABASE_URI=url,
+        SQLALCHEMY_ENGINE_OPTIONS=engine_options(url),
         RATELIMIT_STORAGE_URI=values["RATE_LIMIT_STORAGE"],
         RATELIMIT_STORAGE_OPTIONS={"wrap_exceptions": True, **patience},
         CORS_ALWAYS_SEND=False,
