@@ -75,6 +75,13 @@ def postgresql_database():
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+def pytest_collection_modifyitems(items):
+    """Starting the program takes seconds, so what serves it is slow; the README's walk is enough of it for a start."""
+    for item in items:
+        if "serve" in item.fixturenames and item.module.__name__ != "tests.test_readme":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory):
     path = tmp_path_factory.mktemp("sqlite") / "migrated.db"

@@ -15,6 +15,7 @@ import pytest
 from config import SETTINGS
 from tests.serving import PATIENCE, ROOT, Server, eventually, free_port
 
+pytestmark = pytest.mark.slow
 WITHOUT_GUNICORN = """
 import importlib.util, runpy, sys
 found = importlib.util.find_spec

@@ -64,10 +64,11 @@ class Conversation(db.Model):
         given = {"id": conversation_id, "user": user.id, "moment": user.moment}
         return db.session.connection().scalar(LOCKED, given) is not None
 
-    def history(self, limit):
-        """Return the last `limit` messages as (sender, text), oldest first."""
-        rows = db.session.connection().execute(LAST, {"conversation": self.id, "limit": limit})
-        return [tuple(row) for row in rows][::-1]
+    @classmethod
+    def history(cls, conversation_id, user, limit):
+        """Return the last `limit` messages of a conversation of that user as (sender, text), oldest first."""
+        given = {"id": conversation_id, "user": user.id, "limit": limit}
+        return [tuple(row) for row in db.session.connection().execute(LAST, given)][::-1]
 
     def summary(self):
         """Return the conversation in the wire format, without its messages."""
@@ -75,18 +76,17 @@ class Conversation(db.Model):
 
 
 # Statements are built once: that takes longer than to run them.
-OWNED = db.select(Conversation).where(
-    Conversation.id == db.bindparam("id"), Conversation.user_id == db.bindparam("user")
-)
+OWN = (Conversation.id == db.bindparam("id")) & (Conversation.user_id == db.bindparam("user"))
+OWNED = db.select(Conversation).where(OWN)
 LOCKED = (
     db.select(Conversation.id)
     .join(Conversation.user)
-    .where(Conversation.id == db.bindparam("id"), Conversation.user_id == db.bindparam("user"), ALIVE)
+    .where(OWN, ALIVE)
     .with_for_update(key_share=True, of=Conversation)
 )
 LAST = (
     db.select(Message.sender, Message.text)
-    .where(Message.conversation_id == db.bindparam("conversation"))
+    .where(Message.conversation_id == db.bindparam("id"), db.select(Conversation.id).where(OWN).exists())
     .order_by(Message.id.desc())
     .limit(db.bindparam("limit"))
 )

@@ -127,7 +127,7 @@ def delete_conversation(conversation_id):
 @login_required
 def send_message(conversation_id):
     """Send a message and get the bot's reply: whole, or piece by piece for who accepts text/event-stream."""
-    conversation = own_conversation(conversation_id)
+    history = own_history(conversation_id)
     turn = Turn(
         user=current_user._get_current_object(),
         conversation_id=conversation_id,
@@ -138,9 +138,8 @@ def send_message(conversation_id):
     streams = request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream"
     answer = turn.replayed()
     if answer is None:
-        history = [*conversation.history(current_app.config["BOT_HISTORY"] - 1), ("user", turn.text)]
         db.session.close()  # holds no connection while the bot thinks
-        pieces = current_app.extensions["bot"](history)
+        pieces = current_app.extensions["bot"]([*history, ("user", turn.text)])
         if streams:
             return stream(turn, pieces)
         answer = turn.stored("".join(pieces))
@@ -198,6 +197,14 @@ def gateway_error(error):
 def own_conversation(conversation_id):
     """Return the caller's conversation, or abort with 404, whether it is missing or another's."""
     return Conversation.owned(conversation_id, current_user) or abort(404, "Conversation not found")
+
+
+def own_history(conversation_id):
+    """Return what the bot is shown of one of the caller's conversations, or abort with 404."""
+    history = Conversation.history(conversation_id, current_user, current_app.config["BOT_HISTORY"] - 1)
+    if not history:  # it is empty, or not the caller's
+        own_conversation(conversation_id)
+    return history
 
 
 def idempotency_key():
