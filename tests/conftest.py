@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 from flask_migrate import upgrade
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
@@ -166,6 +167,21 @@ def ada(app):
 def bob(app):
     """Someone else with a session."""
     return newcomer(app, "bob")
+
+
+@contextmanager
+def statements(app):
+    """Collect the SQL that is sent meanwhile."""
+    with app.app_context():
+        engine = db.engine
+    sent = []
+
+    def note(connection, cursor, statement, *rest):
+        sent.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield sent
+    event.remove(engine, "before_cursor_execute", note)
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """One's own account: a new password, and the end of it all."""
 
-from contextlib import contextmanager
-
 import pytest
 from sqlalchemy import event, func
 
 from app import db
 from app.models import Conversation, Message, User
 from app.models.user import verify_password
-from tests.conftest import PASSWORD, newcomer
+from tests.conftest import PASSWORD, newcomer, statements
 from tests.serving import crowd
 
 NEW = "battery staple"
@@ -55,21 +53,6 @@ def rows(app):
         return [
             db.session.scalar(db.select(func.count()).select_from(table)) for table in (User, Conversation, Message)
         ]
-
-
-@contextmanager
-def statements(app):
-    """Collect the SQL that is sent meanwhile."""
-    with app.app_context():
-        engine = db.engine
-    sent = []
-
-    def note(connection, cursor, statement, *rest):
-        sent.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(engine, "before_cursor_execute", note)
 
 
 @pytest.fixture

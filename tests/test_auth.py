@@ -2,10 +2,8 @@
 
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import chain
-from threading import Barrier
 
 import pytest
 
@@ -13,22 +11,11 @@ from app import db
 from app.models import User
 from app.routes import auth
 from tests.conftest import PASSWORD, newcomer
+from tests.serving import together
 
 TAKEN = {"error": "Username already exists"}
 FULLWIDTH_ADA = "\uff41\uff44\uff41"
 WRONG = {"error": "Invalid username or password"}
-
-
-def together(*acts):
-    """Do all of `acts` at once, each in a thread; return what each returned."""
-    barrier = Barrier(len(acts))
-
-    def act_at_once(act):
-        barrier.wait()
-        return act()
-
-    with ThreadPoolExecutor(len(acts)) as pool:
-        return list(pool.map(act_at_once, acts))
 
 
 def answer(response):

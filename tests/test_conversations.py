@@ -2,16 +2,15 @@
 
 import itertools
 import re
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from threading import Barrier
 
 import pytest
 from sqlalchemy import event, text
 
 from app import db
-from tests.conftest import PASSWORD, newcomer
+from tests.conftest import PASSWORD, newcomer, statements
+from tests.serving import together
 
 MISSING = (404, {"error": "Conversation not found"})
 ODD_TEXTS = [
@@ -32,18 +31,6 @@ ODD_TEXTS = [
 ]
 
 
-def together(*acts):
-    """Do all of `acts` at once, each in a thread; return what each returned."""
-    barrier = Barrier(len(acts))
-
-    def act_at_once(act):
-        barrier.wait()
-        return act()
-
-    with ThreadPoolExecutor(len(acts)) as pool:
-        return list(pool.map(act_at_once, acts))
-
-
 def answer(response):
     return response.status_code, response.json
 
@@ -57,21 +44,6 @@ def another_device(app, person):
 
 def talks(client):
     return client.get("/api/conversations").json
-
-
-@contextmanager
-def statements(app):
-    """Collect the SQL that is sent meanwhile."""
-    with app.app_context():
-        engine = db.engine
-    sent = []
-
-    def note(connection, cursor, statement, *rest):
-        sent.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(engine, "before_cursor_execute", note)
 
 
 @contextmanager

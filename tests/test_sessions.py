@@ -3,9 +3,7 @@
 import itertools
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from threading import Barrier
 
 import pytest
 from flask.sessions import SecureCookieSessionInterface
@@ -13,21 +11,10 @@ from flask.sessions import SecureCookieSessionInterface
 from app import db
 from app.models import User
 from tests.conftest import PASSWORD, newcomer
+from tests.serving import together
 
 LOGIN_REQUIRED = {"error": "Login required"}
 DAY = timedelta(days=1)
-
-
-def together(*acts):
-    """Do all of `acts` at once, each in a thread; return what each returned."""
-    barrier = Barrier(len(acts))
-
-    def act_at_once(act):
-        barrier.wait()
-        return act()
-
-    with ThreadPoolExecutor(len(acts)) as pool:
-        return list(pool.map(act_at_once, acts))
 
 
 def device(app, username="ada"):
