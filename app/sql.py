@@ -1,5 +1,6 @@
 """What SQLite and PostgreSQL say differently, said once, so that nothing else in the program asks which it is."""
 
+import sqlite3
 import time
 from datetime import UTC, datetime
 
@@ -12,6 +13,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 MAX_ID = 2**63 - 1
+BUSY = 10  # seconds to wait while others write to SQLite
 IDLE = 1  # seconds after which a pooled connection is tried out before it is used
 
 
@@ -102,7 +104,7 @@ def where(condition):
 def engine_options(url):
     """Return how to connect to a database of that URL; times are in seconds."""
     if url.startswith("sqlite"):
-        return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": 10}}
+        return {"connect_args": {"isolation_level": "IMMEDIATE", "timeout": BUSY}}
     return {"connect_args": {"connect_timeout": 5, "autocommit": True}, "pool_timeout": 10}
 
 
@@ -136,8 +138,17 @@ def prepare(engine):
 
 def set_up_sqlite(connection, record):
     """Make a connection to SQLite durable, strict about foreign keys, and know the letters that Python knows."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+    began = time.monotonic()
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:  # for this one SQLite does not wait its turn by itself
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() - began > BUSY:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
     connection.create_function("lower", 1, str.lower, deterministic=True)
 
 

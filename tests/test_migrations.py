@@ -5,8 +5,9 @@ import re
 import sqlite3
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
+from threading import Timer
 
 import pytest
 from flask_migrate import check, downgrade, upgrade
@@ -217,15 +218,28 @@ def test_what_the_first_version_stored_survives_every_later_one(empty):
     assert contents(db.engine) == before
 
 
-def test_two_servers_may_migrate_at_once(empty_database, empty):
+def test_servers_may_migrate_at_once(empty_database, empty):
     command = [sys.executable, "-m", "flask", "db", "upgrade"]
     with ExitStack() as stack:
         servers = [
             stack.enter_context(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DATABASE_URL": empty_database}))
-            for _ in range(2)
+            for _ in range(4)
         ]
-        assert [server.wait(PATIENCE) for server in servers] == [0, 0]
+        assert [server.wait(PATIENCE) for server in servers] == [0] * 4
     check()
+
+
+def test_a_new_database_is_waited_for_while_another_writes_to_it(tmp_path):
+    path = tmp_path / "new.db"
+    app = create_app({"DATABASE_URL": f"sqlite:///{path}"})
+    with closing(sqlite3.connect(path, check_same_thread=False, isolation_level=None)) as other, app.app_context():
+        other.execute("BEGIN IMMEDIATE")
+        release = Timer(0.2, other.execute, ["COMMIT"])
+        release.start()
+        with db.engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        release.join()
+        db.engine.dispose()
 
 
 @pytest.mark.parametrize(
