@@ -40,6 +40,10 @@ class CookieSessions(SecureCookieSessionInterface):
     def get_signing_serializer(self, app):
         return self.serializer
 
+    def save_session(self, app, session, response):
+        if session.modified:
+            super().save_session(app, session, response)
+
 
 def create_app(config=None):
     """Make the application.

@@ -89,9 +89,8 @@ def lose_patience():
 
 def guard_origin():
     """Refuse a write that a page of an unknown origin makes a browser send. Without an Origin it is no browser."""
-    origin = request.headers.get("Origin")
-    known = (None, request.host_url.rstrip("/"), *current_app.config["CORS_ORIGINS"])
-    if origin not in known:
+    origin = request.environ.get("HTTP_ORIGIN")
+    if origin is not None and origin not in (request.host_url.rstrip("/"), *current_app.config["CORS_ORIGINS"]):
         abort(403, "Origin not allowed")
 
 
@@ -161,12 +160,13 @@ def revalidated(answer, **following):
     """
     response = current_app.json.response(answer)
     response.add_etag()
-    response.cache_control.private = True
-    response.cache_control.no_cache = True  # keep it, but ask each time
+    response.headers["Cache-Control"] = "private, no-cache"  # keep it, but ask each time
     if following:
         address = f"{request.base_url}?{urlencode({**request.args, **following})}"
         response.headers["Link"] = f'<{address}>; rel="next"'
-    return response.make_conditional({**request.environ, "HTTP_IF_MATCH": ""})  # If-Match is for writes
+    if "HTTP_IF_NONE_MATCH" in request.environ:
+        response.make_conditional({**request.environ, "HTTP_IF_MATCH": ""})  # If-Match is for writes
+    return response
 
 
 def http_error(error):
@@ -207,13 +207,14 @@ def trouble(error):
 def finish(response):
     """Add the headers that every answer has, and log the request in one line."""
     headers = response.headers
-    if len(headers.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
+    given = dict(headers)
+    if len(given.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
         lose_patience()
+    if "Cache-Control" not in given:
+        headers.add("Cache-Control", "no-store")
     headers.add("X-Request-ID", g.request_id)
     headers.add("X-Content-Type-Options", "nosniff")
     headers.add("Vary", "Origin, Cookie")
-    if "Cache-Control" not in headers:
-        headers.add("Cache-Control", "no-store")
     log.info(
         "%s %s %d %.1f ms user=%s id=%s",
         request.method,
