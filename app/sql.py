@@ -4,7 +4,7 @@ import sqlite3
 import time
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, text
+from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, literal_column, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.compiler import compiles
@@ -62,10 +62,13 @@ class Base(DeclarativeBase):
 
 
 class json_object(FunctionElement):
-    """`json_object("a", x, "b", y)` is the text of {"a": x, "b": y}, built by the database."""
+    """`json_object(a=x, b=y)` is the text of {"a": x, "b": y}, built by the database."""
 
     type = Text()
     inherit_cache = True
+
+    def __init__(self, **pairs):
+        super().__init__(*(part for name, value in pairs.items() for part in (literal_column(f"'{name}'"), value)))
 
 
 @compiles(json_object, "sqlite")
@@ -118,14 +121,18 @@ def begin(connection):
 
 
 def prepare(engine):
-    """Make an engine's connections read without a transaction, lock as they begin to write, and SQLite's durable."""
+    """Make an engine's connections read without a transaction, lock as they begin to write, and SQLite's durable.
+
+    A statement with the execution option `alone` is the whole of its transaction: it takes no BEGIN and no COMMIT.
+    """
 
     @event.listens_for(engine, "before_cursor_execute")
     def begin_to_write(connection, cursor, statement, parameters, context, executemany):
         # A SELECT ... FOR UPDATE locks on both: SQLite ignores the words, but not the transaction.
         select = context.compiled and context.compiled.statement
         locks = getattr(select, "_for_update_arg", None) is not None
-        if locks or context.isinsert or context.isupdate or context.isdelete:
+        writes = locks or context.isinsert or context.isupdate or context.isdelete
+        if writes and not context.execution_options.get("alone"):
             begin(cursor.connection)
 
     if engine.dialect.name == "sqlite":

@@ -225,15 +225,21 @@ def test_what_is_another_s_looks_like_what_is_not_there(app, ada, bob):
     assert talks(ada) == []
 
 
-def test_nothing_is_to_be_had_without_a_session(app, ada, client):
-    ada.create("Talk")
+@pytest.mark.parametrize("was_logged_in", [False, True])
+def test_nothing_is_to_be_had_without_a_session(app, ada, client, was_logged_in):
+    talk = ada.create("Talk")
+    ada.send(talk)
     before = talks(ada)
+    if was_logged_in:
+        client = another_device(app, ada)
+        ada.logout()
     asked = list(routes(app))
     assert len(asked) >= 7
     for method, path in asked:
-        for number in (1, 1000):
+        for number in (talk, 1000):
             response = client.open(path.format(number), method=method, json=ANY_BODY)
             assert answer(response) == (401, {"error": "Login required"}), (method, path)
+    ada.login("ada")
     assert talks(ada) == before
 
 
@@ -255,6 +261,15 @@ def test_no_id_is_given_twice(ada):
 
 
 # What it costs
+
+
+def test_a_send_takes_two_statements(app, ada):
+    talk = ada.create()
+    ada.send(talk)
+    with statements(app) as sent:
+        assert ada.send(talk).status_code == 201
+    assert [re.findall("SELECT|INSERT", statement)[0] for statement in sent] == ["SELECT", "SELECT"]
+    assert ["INSERT INTO message" in statement for statement in sent] == [False, True]
 
 
 def test_listing_takes_as_many_statements_for_fifty_conversations_as_for_two(app, ada):

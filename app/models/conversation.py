@@ -56,19 +56,27 @@ class Conversation(db.Model):
         ]
 
     @classmethod
-    def lock(cls, conversation_id, user):
-        """Keep others from changing that conversation until the transaction ends.
+    def history(cls, conversation_id, caller, limit):
+        """Return the last `limit` messages of the caller's conversation as (sender, text), oldest first.
 
-        False if it is gone, or if the session of `user`, whose it is, has ended.
+        `caller` is what User.claimed tells; none if their session has ended.
         """
-        given = {"id": conversation_id, "user": user.id, "moment": user.moment}
-        return db.session.connection().scalar(LOCKED, given) is not None
+        given = {"id": conversation_id, **caller, "limit": limit}
+        with db.engine.connect() as connection:
+            return connection.execute(LAST, given).all()[::-1]
 
     @classmethod
-    def history(cls, conversation_id, user, limit):
-        """Return the last `limit` messages of a conversation of that user as (sender, text), oldest first."""
-        given = {"id": conversation_id, "user": user.id, "limit": limit}
-        return [tuple(row) for row in db.session.connection().execute(LAST, given)][::-1]
+    def add_pair(cls, conversation_id, caller, text, asked_at, reply, key=None):
+        """Store what the caller said and what the bot replied; return both in the wire format, a JSON text each.
+
+        `caller` is what User.claimed tells. None if their session has ended, or the conversation is gone. Raises
+        IntegrityError if the conversation has a message of that idempotency key.
+        """
+        pair = {"text": text, "asked_at": asked_at, "key": key}
+        pair |= {"reply": reply, "replied_at": datetime.now(UTC), "no_key": None}
+        with db.engine.begin() as connection:
+            found = connection.execute(ADD_PAIR, {"id": conversation_id, **caller, **pair}).all()
+        return [json for _, json in sorted(found)] or None
 
     def summary(self):
         """Return the conversation in the wire format, without its messages."""
@@ -78,18 +86,33 @@ class Conversation(db.Model):
 # Statements are built once: that takes longer than to run them.
 OWN = (Conversation.id == db.bindparam("id")) & (Conversation.user_id == db.bindparam("user"))
 OWNED = db.select(Conversation).where(OWN)
-LOCKED = (
-    db.select(Conversation.id)
-    .join(Conversation.user)
-    .where(OWN, ALIVE)
-    .with_for_update(key_share=True, of=Conversation)
-)
+TALK = db.select(Conversation.id).join(Conversation.user).where(OWN, ALIVE)
 LAST = (
     db.select(Message.sender, Message.text)
-    .where(Message.conversation_id == db.bindparam("id"), db.select(Conversation.id).where(OWN).exists())
+    .where(Message.conversation_id == db.bindparam("id"), TALK.exists())
     .order_by(Message.id.desc())
     .limit(db.bindparam("limit"))
 )
+
+
+def adding():
+    """Build the statement of Conversation.add_pair: one, so that it takes one round trip and no BEGIN and COMMIT.
+
+    It locks the conversation first: messages have the order of their ids, and the two stay next to each other.
+    """
+    talk = TALK.with_for_update(key_share=True, of=Conversation).cte("talk")
+    columns = Message.sender, Message.text, Message.created_at, Message.idempotency_key
+
+    def half(sender, *names):
+        given = (db.bindparam(name, type_=column.type) for name, column in zip(names, columns[1:], strict=True))
+        return db.select(talk.c.id, db.literal_column(f"'{sender}'"), *given)
+
+    halves = half("user", "text", "asked_at", "key"), half("bot", "reply", "replied_at", "no_key")
+    insert = Message.__table__.insert().from_select(["conversation_id", *columns], db.union_all(*halves))
+    return insert.returning(Message.id, Message.json).execution_options(alone=True)
+
+
+ADD_PAIR = adding()
 
 
 @cache

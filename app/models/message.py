@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text
@@ -35,24 +35,6 @@ class Message(db.Model):
     )
 
     @classmethod
-    def add_pair(cls, conversation_id, text, asked_at, reply, key=None):
-        """Insert what a user said and what the bot replied; return both in the wire format, a JSON text each.
-
-        Call with the conversation locked: it is what keeps the two next to each other. Raises IntegrityError
-        when the conversation has a message of that idempotency key.
-        """
-        pair = [
-            {"sender": "user", "text": text, "created_at": asked_at, "idempotency_key": key},
-            {"sender": "bot", "text": reply, "created_at": datetime.now(UTC), "idempotency_key": None},
-        ]
-        return (
-            db.session.connection()
-            .execute(ADD, [{"conversation_id": conversation_id, **half} for half in pair])
-            .scalars()
-            .all()
-        )
-
-    @classmethod
     def stretch(cls, conversation_id, limit=None, before=None):
         """Select id and wire format (`json`) of a conversation's messages, oldest first.
 
@@ -79,11 +61,9 @@ class Message(db.Model):
 
 
 Message.json = json_object(
-    *("id", Message.id),
-    *("sender", Message.sender),
-    *("text", Message.text),
-    *("created_at", utc_text(Message.created_at)),
+    id=Message.id,
+    sender=Message.sender,
+    text=Message.text,
+    created_at=utc_text(Message.created_at),
 )
 """A message in the wire format, as the database writes it."""
-
-ADD = Message.__table__.insert().returning(Message.json, sort_by_parameter_order=True)

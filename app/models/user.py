@@ -45,36 +45,43 @@ class User(UserMixin, db.Model):
         return db.session.scalar(NAMED, {"username": username})
 
     @classmethod
-    def locked(cls, key):
+    def locked(cls, id):
         """Return the user as the row is now, and keep others from changing it until the transaction ends."""
-        return db.session.scalar(LOCKED, {"key": key})
+        return db.session.scalar(LOCKED, {"user": id})
 
     @classmethod
-    def of_session(cls, token, valid_from):
-        """Return the user whose session `token` (see get_id) names, if it is alive, or None."""
+    def claimed(cls, token, valid_from):
+        """Return the session that a token (see get_id) names, as ALIVE asks for it; None if such cannot be alive."""
         parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
         moment = parts and EPOCH + int(parts[2]) * TICK
-        if moment is None or moment < valid_from:
-            return None
-        return cls._of_session(OF_SESSION, int(parts[1]), moment)
+        return {"user": int(parts[1]), "moment": moment} if parts and moment >= valid_from else None
 
     @classmethod
-    def _of_session(cls, statement, key, moment):
-        user = db.session.scalar(statement, {"key": key, "moment": moment})
+    def of_session(cls, claim):
+        """Return the user whose session this is (see claimed), if it is alive, or None."""
+        return cls._of_session(OF_SESSION, claim)
+
+    @classmethod
+    def _of_session(cls, statement, claim):
+        user = db.session.scalar(statement, claim)
         if user:
-            user.moment = moment
+            user.moment = claim["moment"]
         return user
 
     @classmethod
     def statuses(cls, valid_from, limit=MAX_ID, after=0):
-        """Return user_id and presence in the wire format, a JSON text, of users above `after`, oldest first."""
-        return (
-            db.session.connection().execute(STATUSES, {"valid_from": valid_from, "limit": limit, "after": after}).all()
-        )
+        """Return at most `limit` users above `after` with their presence, oldest first, as one JSON text.
+
+        And the user_id of the last of them, if there are more.
+        """
+        given = {"valid_from": valid_from, "limit": limit, "after": after}
+        with db.engine.connect() as connection:
+            texts, last, newest = connection.execute(STATUSES, given).one()
+        return f"[{texts or ''}]", last if last != newest else None
 
     def still_here(self):
         """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
-        return self._of_session(LOCKED_OF_SESSION, self.id, self.moment)
+        return self._of_session(LOCKED_OF_SESSION, {"user": self.id, "moment": self.moment})
 
     def get_id(self):
         """Name the session at hand: what the cookie carries."""
@@ -102,24 +109,30 @@ class User(UserMixin, db.Model):
 
 
 # Statements are built once: that takes longer than to run them.
-OF_KEY = db.select(User).where(User.id == db.bindparam("key"))
-LOCKED = OF_KEY.with_for_update(key_share=True).execution_options(populate_existing=True)
+OF_ID = db.select(User).where(User.id == db.bindparam("user"))
+LOCKED = OF_ID.with_for_update(key_share=True).execution_options(populate_existing=True)
 ALIVE = User.is_logged_in & (User.last_logout.is_(None) | (User.last_logout < db.bindparam("moment")))
-OF_SESSION, LOCKED_OF_SESSION = OF_KEY.where(ALIVE), LOCKED.where(ALIVE)
+OF_SESSION, LOCKED_OF_SESSION = OF_ID.where(ALIVE), LOCKED.where(ALIVE)
 NAMED = db.select(User).where(User.username == db.bindparam("username"))
 ONLINE = User.is_logged_in & (User.last_login >= db.bindparam("valid_from"))
 STATUS = json_object(
-    *("user_id", User.user_id),
-    *("username", User.username),
-    *("status", db.case((ONLINE, "Online"), else_="Offline")),
-    *("last_login", utc_text(User.last_login)),
-    *("last_logout", utc_text(User.last_logout)),
+    user_id=User.user_id,
+    username=User.username,
+    status=db.case((ONLINE, "Online"), else_="Offline"),
+    last_login=utc_text(User.last_login),
+    last_logout=utc_text(User.last_logout),
 )
-STATUSES = (
-    db.select(User.user_id, STATUS)
+PAGE = (
+    db.select(User.user_id, STATUS.label("json"))
     .where(User.user_id > db.bindparam("after"))
     .order_by(User.user_id)
     .limit(db.bindparam("limit"))
+    .subquery()
+)
+STATUSES = db.select(
+    db.func.aggregate_strings(PAGE.c.json, ","),
+    db.func.max(PAGE.c.user_id),
+    db.select(db.func.max(User.user_id)).scalar_subquery(),
 )
 
 

@@ -28,7 +28,8 @@ bp = Blueprint("auth", __name__, cli_group=None)
 @login_manager.user_loader
 def session_user(token):
     """Return the user of the session cookie, or None."""
-    user = User.of_session(token, valid_from())
+    claim = User.claimed(token, valid_from())
+    user = claim and User.of_session(claim)
     g.user_id = user and user.user_id
     return user
 
@@ -94,10 +95,8 @@ def users_status():
     after = number_parameter("after", 0, MAX_ID)
     if after is not None and not limit:
         abort(400, "after goes with limit")
-    found = User.statuses(valid_from(), limit + 1 if limit else MAX_ID, after or 0)
-    page = found[:limit]
-    following = {"after": page[-1].user_id} if len(found) > len(page) else {}
-    return revalidated({"users": [Fragment(status) for _, status in page]}, **following)
+    users, last = User.statuses(valid_from(), limit or MAX_ID, after or 0)
+    return revalidated({"users": Fragment(users)}, **({"after": last} if last else {}))
 
 
 @bp.put("/api/password")
@@ -126,11 +125,10 @@ def delete_account():
 def list_users():
     """List the users and who is online."""
     try:
-        found = User.statuses(valid_from())
+        users, _ = User.statuses(valid_from())
     except SQLAlchemyError as error:
         raise click.ClickException(trouble(error)) from None
-    for _, status in found:
-        user = orjson.loads(status)
+    for user in orjson.loads(users):
         click.echo(
             f"{user['user_id']:>6}  {user['status']:<7}  {user['last_login'] or 'never':<27}  {user['username']}"
         )
@@ -139,6 +137,11 @@ def list_users():
 def valid_from():
     """Return the moment before which no session counts."""
     return current_app.config["SESSIONS_VALID_FROM"]
+
+
+def claim():
+    """Return the session that the cookie names (see User.claimed) for a statement to confirm; or abort with 401."""
+    return User.claimed(session.get("_user_id"), valid_from()) or abort(401)
 
 
 def username_field():

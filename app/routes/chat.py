@@ -7,7 +7,7 @@ from itertools import chain
 
 import click
 import orjson
-from flask import Blueprint, abort, current_app, request
+from flask import Blueprint, abort, current_app, g, request
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -29,6 +29,7 @@ from app.routes import (
     trouble,
     unavailable,
 )
+from app.routes.auth import claim
 from app.sql import MAX_ID
 
 NAME_LENGTH = 255
@@ -124,12 +125,11 @@ def delete_conversation(conversation_id):
 
 
 @bp.post("/api/conversations/<id:conversation_id>/messages")
-@login_required
 def send_message(conversation_id):
     """Send a message and get the bot's reply: whole, or piece by piece for who accepts text/event-stream."""
-    history = own_history(conversation_id)
+    caller, history = own_history(conversation_id)
     turn = Turn(
-        user=current_user._get_current_object(),
+        caller=caller,
         conversation_id=conversation_id,
         text=string_field("text", 1, TEXT_LENGTH),
         key=idempotency_key(),
@@ -200,11 +200,17 @@ def own_conversation(conversation_id):
 
 
 def own_history(conversation_id):
-    """Return what the bot is shown of one of the caller's conversations, or abort with 404."""
-    history = Conversation.history(conversation_id, current_user, current_app.config["BOT_HISTORY"] - 1)
-    if not history:  # it is empty, or not the caller's
-        own_conversation(conversation_id)
-    return history
+    """Return who calls, and what the bot is shown of their conversation; or abort with 401 or 404.
+
+    One statement confirms the session and reads the history, so that a send needs no @login_required. Where it finds
+    nothing, the other way tells why: the conversation may be empty.
+    """
+    caller = claim()
+    history = Conversation.history(conversation_id, caller, current_app.config["BOT_HISTORY"] - 1)
+    if not history:
+        login_required(own_conversation)(conversation_id)
+    g.user_id = caller["user"]
+    return caller, history
 
 
 def idempotency_key():
@@ -219,7 +225,7 @@ def idempotency_key():
 class Turn:
     """A message on its way to a reply. It knows its user's session, which may end while the bot thinks."""
 
-    user: User
+    caller: dict
     conversation_id: int
     text: str
     key: str | None
@@ -233,14 +239,12 @@ class Turn:
         """
         if not reply.strip():
             raise BotError("the bot said nothing")
-        if not Conversation.lock(self.conversation_id, self.user):
-            abort(404, "Conversation not found") if self.user.still_here() else abort(401)
         try:
-            pair = Message.add_pair(self.conversation_id, self.text, self.asked_at, reply, self.key)
-            db.session.commit()
+            pair = Conversation.add_pair(self.conversation_id, self.caller, self.text, self.asked_at, reply, self.key)
         except IntegrityError:  # an equal send was faster
-            db.session.rollback()
             return self.replayed()
+        if pair is None:
+            abort(404, "Conversation not found") if User.of_session(self.caller) else abort(401)
         return [Fragment(message) for message in pair], {}
 
     def replayed(self):
