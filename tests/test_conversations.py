@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import event, text
 
 from app import db
+from app.models.conversation import LISTS, ListCache
 from tests.conftest import PASSWORD, newcomer, statements
 from tests.serving import together
 
@@ -258,6 +259,90 @@ def test_no_id_is_given_twice(ada):
     assert ada.send(talk).json[0]["id"] > last_message
     assert ada.send(last).status_code == 404
     assert [talk["id"] for talk in talks(ada)] == [first, talk]
+
+
+# Lists that are read again
+
+
+def test_a_list_shows_what_another_server_did_meanwhile(make_app):
+    here, there = make_app(SECRET_KEY="the same"), make_app(SECRET_KEY="the same")
+    ada = newcomer(here, "ada")
+    elsewhere = another_device(there, ada)
+    first, second = ada.create("First"), ada.create("Second")
+    ada.send(first)
+    ada.send(second)
+    assert talks(ada) == talks(elsewhere)
+
+    elsewhere.send(second)
+    elsewhere.put(f"/api/conversations/{first}", json={"name": "Renamed"})
+    elsewhere.send(elsewhere.create("Third"))
+    elsewhere.create("Empty")
+    shown = talks(ada)
+    assert [(talk["name"], len(talk["messages"])) for talk in shown] == [
+        *(("Renamed", 2), ("Second", 4), ("Third", 2), ("Empty", 0))
+    ]
+    assert shown == talks(elsewhere)
+
+    elsewhere.delete(f"/api/conversations/{second}")
+    assert [talk["name"] for talk in talks(ada)] == ["Renamed", "Third", "Empty"]
+
+
+def test_a_message_that_is_stored_later_than_one_of_a_higher_id_is_listed(app, ada):
+    first, second = ada.create(), ada.create()
+    insert = (
+        "INSERT INTO message (id, sender, text, conversation_id, created_at) SELECT :id, 'bot', 'Late', id, created_at"
+    )
+    for id, talk in ((1000, second), (500, first)):
+        with app.app_context():
+            db.session.execute(text(f"{insert} FROM conversation WHERE id = :talk"), {"id": id, "talk": talk})
+            db.session.commit()
+        shown = {talk["id"]: [message["id"] for message in talk["messages"]] for talk in talks(ada)}
+        assert shown[talk] == [id]
+    assert shown == {first: [500], second: [1000]}
+
+
+def test_each_list_says_how_many_messages_it_shows_whichever_was_read_before(ada):
+    talk = ada.create()
+    for n in range(3):
+        ada.send(talk, f"{n}")
+    whole = talks(ada)[0]["messages"]
+    for number in (2, 0, 4, 2, 100):
+        [shown] = ada.get(f"/api/conversations?messages={number}").json
+        assert shown["messages"] == (whole[-number:] if number else [])
+        assert talks(ada)[0]["messages"] == whole
+
+
+def test_what_is_changed_by_hand_shows_within_a_minute(app, ada, monkeypatch):
+    def shown():
+        return [message["text"] for talk in talks(ada) for message in talk["messages"]]
+
+    talk = ada.create()
+    ada.send(talk, "Before")
+    assert shown()[0] == "Before"
+    with app.app_context():
+        db.session.execute(text("UPDATE message SET text = 'After' WHERE sender = 'user'"))
+        db.session.commit()
+    assert shown()[0] == "Before"  # messages that were read lately are not read again
+    assert ListCache.LIFETIME == 60
+    monkeypatch.setattr(ListCache, "LIFETIME", 0)
+    assert shown()[0] == "After"
+
+
+@pytest.mark.parametrize("room", [0, 500, 1000])
+def test_a_list_is_right_however_little_room_there_is_to_keep_it(app, ada, bob, echo, monkeypatch, room):
+    monkeypatch.setattr(ListCache, "ROOM", room)
+    people = {"ada": (ada, ada.create()), "bob": (bob, bob.create())}
+    with app.app_context():
+        cache = LISTS.setdefault(db.engine, ListCache())
+    for n in range(6):
+        for name, (person, talk) in people.items():
+            person.send(talk, f"{name} {n}")
+            for _ in range(2):
+                [shown] = talks(person)
+                said = [message["text"] for message in shown["messages"]]
+                assert said == [f"{name} {k}" for k in range(n + 1) for _ in range(2)]
+                kept = [messages for listed, _ in cache.lists.values() for _, messages in listed.values()]
+                assert sum(map(len, kept)) == cache.size <= room
 
 
 # What it costs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from functools import cache
+from weakref import WeakKeyDictionary
 
 from orjson import Fragment
 from sqlalchemy import ForeignKey, Index, String
@@ -50,10 +52,19 @@ class Conversation(db.Model):
             # Not EXISTS, for which PostgreSQL may read everybody's messages.
             query = query.where(cls.name.icontains(q, autoescape=True) | said.is_not(None))
         given = {"user": user.id, "only": only, "limit": limit, "before": before, "messages": messages}
-        return [
-            {"id": id, "name": name, "messages": Fragment(f"[{texts or ''}]")}
-            for id, name, texts in db.session.connection().execute(query, given)
-        ]
+        lists = LISTS.setdefault(db.engine, ListCache())
+        key = (user.id, messages) if only is limit is q is None else None  # pages are short
+        # Messages are read where there are newer ones than all that are known; a second time, if that is not enough.
+        for known in (lists.get(key), {}):
+            given["known"] = max((last for last, _ in known.values()), default=0)
+            rows = db.session.connection().execute(query, given).all()
+            new = {id: (last, f"[{texts}]".encode()) for id, _, last, texts in rows if texts is not None}
+            shown = {id: new.get(id) or known.get(id, NONE) for id, _, _, _ in rows}
+            if all(shown[id][0] == last for id, _, last, _ in rows):
+                break
+        if key and new:
+            lists.put(key, shown)
+        return [{"id": id, "name": name, "messages": Fragment(shown[id][1])} for id, name, _, _ in rows]
 
     @classmethod
     def history(cls, conversation_id, caller, limit):
@@ -82,6 +93,42 @@ class Conversation(db.Model):
         """Return the conversation in the wire format, without its messages."""
         return {"id": self.id, "name": self.name}
 
+
+class ListCache:
+    """What was listed lately: by conversation, the id of its last message, and its messages as JSON.
+
+    Messages never change, so these are still the same while the last one is. All is forgotten once a minute, so that
+    what was changed by hand shows, and when there is no room left.
+    """
+
+    LIFETIME = 60  # seconds
+    ROOM = 2**25  # bytes
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.lists, self.size, self.began = {}, 0, time.monotonic()
+
+    def get(self, key):
+        """Return {conversation's id: (last message's id, messages)}, empty if there is nothing of that key."""
+        if time.monotonic() - self.began > self.LIFETIME:
+            self.clear()
+        return self.lists.get(key, ({}, 0))[0]
+
+    def put(self, key, listed):
+        """Keep a list, in place of the former, if there is room for it."""
+        size = sum(len(messages) for _, messages in listed.values())
+        self.size -= self.lists.pop(key, ({}, 0))[1]
+        if self.size + size > self.ROOM:
+            self.clear()
+        if size <= self.ROOM:
+            self.lists[key] = listed, size
+            self.size += size
+
+
+LISTS = WeakKeyDictionary()  # each engine's ListCache
+NONE = (0, b"[]")
 
 # Statements are built once: that takes longer than to run them.
 OWN = (Conversation.id == db.bindparam("id")) & (Conversation.user_id == db.bindparam("user"))
@@ -118,9 +165,13 @@ ADD_PAIR = adding()
 @cache
 def listing(only, limit, before, messages):
     """Build the statement of Conversation.listed, with these parameters or without."""
+    of_talk = Message.conversation_id == Conversation.id
+    last = db.select(db.func.coalesce(db.func.max(Message.id), 0)).where(of_talk).scalar_subquery()
     shown = Message.stretch(Conversation.id, db.bindparam("messages") if messages else None).subquery()
-    texts = db.select(db.func.aggregate_strings(shown.c.json, ",")).scalar_subquery()
-    query = db.select(Conversation.id, Conversation.name, texts).where(Conversation.user_id == db.bindparam("user"))
+    texts = db.select(db.func.coalesce(db.func.aggregate_strings(shown.c.json, ","), "")).scalar_subquery()
+    texts = db.case((last > db.bindparam("known"), texts))
+    query = db.select(Conversation.id, Conversation.name, last, texts)
+    query = query.where(Conversation.user_id == db.bindparam("user"))
     if only:
         query = query.where(Conversation.id == db.bindparam("only"))
     if before:

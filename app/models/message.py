@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Message(db.Model):
-    """What the user or the bot said in a conversation."""
+    """What the user or the bot said in a conversation. It never changes, which Conversation.listed relies on."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     sender: Mapped[str] = mapped_column(String(4))
