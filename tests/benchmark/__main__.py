@@ -30,6 +30,7 @@ from tests.benchmark.driving import (
 
 CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
 LARGE = 100  # as many times the conversations of the ordinary reader
+PAGE = "/api/conversations?limit=100"  # all of them, too: each time read anew, whatever was read before
 LIST, ME, STATUS, TEST = "/api/conversations", "/api/current_user", "/api/users/status", "/api/test"
 
 
@@ -78,7 +79,8 @@ def measure(name, rounds, seconds):
             said = {"text": "Hello there, what do you make of this?"}
             return wrk(side.program.port, seconds, side.sends, side.sender.cookie, said)
 
-        yield side_by_side("list 1,000 messages", get(LIST))
+        yield side_by_side("list 1,000 messages, again and again", get(LIST))
+        yield side_by_side("list 1,000 messages, on a page", get(PAGE))
         yield side_by_side("send a message", send)
         yield side_by_side("who am I", get(ME))
         yield side_by_side(f"status of {USERS} users", get(STATUS))
@@ -136,15 +138,18 @@ def resident(pid, field):
 
 
 def against_bare_flask(rounds, seconds):
-    """Yield the row that sets `/api/test` beside the least that Flask can do on the same server."""
+    """Yield the rows that set `/api/test` beside the least that Flask can do on the same server."""
     note("/api/test beside bare Flask")
-    with (
-        DATABASES["SQLite"]() as url,
-        project(url) as ours,
-        gunicorn("tests.benchmark.bare:app", "--worker-class=gevent") as bare,
-    ):
-        rates = alternate(rounds, *(lambda port=program.port: wrk(port, seconds, [TEST]) for program in (ours, bare)))
-    yield "`/api/test` against bare Flask, 1/s", "-", *rates, f"{rates[0] / rates[1]:.2f}"
+    with DATABASES["SQLite"]() as url, project(url) as ours, bare("--access-logfile=-") as logged, bare() as silent:
+        programs = ours, logged, silent
+        rates = alternate(rounds, *(lambda port=program.port: wrk(port, seconds, [TEST]) for program in programs))
+    yield "`/api/test` against bare Flask with an access log, 1/s", "-", *rates[:2], f"{rates[0] / rates[1]:.2f}"
+    yield "`/api/test` against bare Flask without, 1/s", "-", *rates[::2], f"{rates[0] / rates[2]:.2f}"
+
+
+def bare(*options):
+    """Serve bare Flask as the program is served."""
+    return gunicorn("tests.benchmark.bare:app", "--worker-class=gevent", *options)
 
 
 def ceiling(rounds, seconds):

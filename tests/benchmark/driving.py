@@ -86,8 +86,6 @@ class Filler:
         """Have the database note what is in it, as it does by and by; it is fit to be measured then."""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)" if self.sqlite else "VACUUM ANALYZE")
-            if not self.sqlite:
-                connection.exec_driver_sql("CHECKPOINT")
 
     def size(self):
         """Return how many bytes the database has."""
