@@ -123,7 +123,8 @@ def begin(connection):
 def prepare(engine):
     """Make an engine's connections read without a transaction, lock as they begin to write, and SQLite's durable.
 
-    A statement with the execution option `alone` is the whole of its transaction: it takes no BEGIN and no COMMIT.
+    A statement with the execution option `alone` is the whole of its transaction: it needs no BEGIN. Run it under
+    engine.begin() all the same, because sqlite3 begins by itself where it sees an INSERT at the start.
     """
 
     @event.listens_for(engine, "before_cursor_execute")

@@ -328,12 +328,13 @@ def test_what_is_changed_by_hand_shows_within_a_minute(app, ada, monkeypatch):
     assert shown()[0] == "After"
 
 
-@pytest.mark.parametrize("room", [0, 500, 1000])
+@pytest.mark.parametrize("room", [0, 700, 2000])
 def test_a_list_is_right_however_little_room_there_is_to_keep_it(app, ada, bob, echo, monkeypatch, room):
     monkeypatch.setattr(ListCache, "ROOM", room)
     people = {"ada": (ada, ada.create()), "bob": (bob, bob.create())}
     with app.app_context():
         cache = LISTS.setdefault(db.engine, ListCache())
+    sizes = set()
     for n in range(6):
         for name, (person, talk) in people.items():
             person.send(talk, f"{name} {n}")
@@ -342,7 +343,23 @@ def test_a_list_is_right_however_little_room_there_is_to_keep_it(app, ada, bob, 
                 said = [message["text"] for message in shown["messages"]]
                 assert said == [f"{name} {k}" for k in range(n + 1) for _ in range(2)]
                 kept = [messages for listed, _ in cache.lists.values() for _, messages in listed.values()]
-                assert sum(map(len, kept)) == cache.size <= room
+                assert sum(map(len, kept)) + ListCache.OVERHEAD * len(kept) == cache.size <= room
+                sizes.add(cache.size)
+    assert (sizes == {0}) == (room == 0)
+
+
+def test_a_list_that_there_is_no_room_for_pushes_out_no_other(app, ada, bob, monkeypatch):
+    monkeypatch.setattr(ListCache, "ROOM", 1000)
+    with app.app_context():
+        cache = LISTS.setdefault(db.engine, ListCache())
+    ada.create()
+    assert len(talks(ada)) == 1
+    kept = dict(cache.lists)
+    assert list(kept) == [ada.user_id]
+    for _ in range(10):
+        bob.create()
+    assert len(talks(bob)) == 10
+    assert cache.lists == kept
 
 
 # What it costs

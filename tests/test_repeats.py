@@ -3,9 +3,11 @@
 import threading
 
 import pytest
+from sqlalchemy import event
 
+from app import db
 from app.bot import BotError
-from tests.serving import PATIENCE, crowd
+from tests.serving import PATIENCE, crowd, together
 from tests.test_streams import STREAM, Listener, scripted, stored, stream
 
 BOTH = pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
@@ -220,6 +222,30 @@ def test_of_two_at_once_with_different_texts_one_is_refused(app, ada, talk):
 
     assert sorted(crowd(2, act)) == [201, 409]
     assert stored(app) == 2
+
+
+@BOTH
+def test_of_two_at_once_the_later_finds_nothing_if_the_conversation_is_deleted_just_then(app, ada, talk, streams):
+    other = app.test_client()
+    other.set_cookie("session", ada.session_cookie)
+
+    def bot(history):
+        app.extensions["bot"] = scripted("Reply")
+        together(lambda: send(other, talk))
+        yield "Later"
+
+    def delete(context):
+        together(lambda: other.delete(f"/api/conversations/{talk}"))
+
+    app.extensions["bot"] = bot
+    with app.app_context():
+        event.listen(db.engine, "handle_error", delete)
+    answer = send(ada, talk, streams=streams)
+    if streams:
+        assert answer.text.endswith('event: error\ndata: {"error":"Conversation not found"}\n\n')
+    else:
+        assert (answer.status_code, answer.json) == (404, {"error": "Conversation not found"})
+    assert stored(app) == 0
 
 
 def test_sixteen_at_once_on_two_workers_get_one_pair(serve):

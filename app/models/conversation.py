@@ -52,42 +52,36 @@ class Conversation(db.Model):
             # Not EXISTS, for which PostgreSQL may read everybody's messages.
             query = query.where(cls.name.icontains(q, autoescape=True) | said.is_not(None))
         given = {"user": user.id, "only": only, "limit": limit, "before": before, "messages": messages}
-        lists = LISTS.setdefault(db.engine, ListCache())
-        key = (user.id, messages) if only is limit is q is None else None  # pages are short
-        # Messages are read where there are newer ones than all that are known; a second time, if that is not enough.
-        for known in (lists.get(key), {}):
-            given["known"] = max((last for last, _ in known.values()), default=0)
-            rows = db.session.connection().execute(query, given).all()
-            new = {id: (last, f"[{texts}]".encode()) for id, _, last, texts in rows if texts is not None}
-            shown = {id: new.get(id) or known.get(id, NONE) for id, _, _, _ in rows}
-            if all(shown[id][0] == last for id, _, last, _ in rows):
-                break
-        if key and new:
-            lists.put(key, shown)
-        return [{"id": id, "name": name, "messages": Fragment(shown[id][1])} for id, name, _, _ in rows]
+
+        def read(since):
+            return db.session.connection().execute(query, {**given, "since": since}).all()
+
+        if only is limit is messages is q is None:
+            rows = LISTS.setdefault(db.engine, ListCache()).completed(user.id, read)
+        else:  # a page, or one conversation, is short enough to be read anew
+            rows = read(0)
+        return [{"id": id, "name": name, "messages": Fragment(messages)} for id, name, _, messages in rows]
 
     @classmethod
-    def history(cls, conversation_id, caller, limit):
-        """Return the last `limit` messages of the caller's conversation as (sender, text), oldest first.
+    def history(cls, conversation_id, claim, limit):
+        """Return the last `limit` messages of a conversation as (sender, text), oldest first.
 
-        `caller` is what User.claimed tells; none if their session has ended.
+        Nothing if it is not that of the user of the session (see User.claimed), or the session has ended.
         """
-        given = {"id": conversation_id, **caller, "limit": limit}
         with db.engine.connect() as connection:
-            return connection.execute(LAST, given).all()[::-1]
+            return connection.execute(LAST, {"id": conversation_id, **claim, "limit": limit}).all()[::-1]
 
     @classmethod
-    def add_pair(cls, conversation_id, caller, text, asked_at, reply, key=None):
-        """Store what the caller said and what the bot replied; return both in the wire format, a JSON text each.
+    def add_pair(cls, conversation_id, claim, text, asked_at, reply, key=None):
+        """Store what the user said and what the bot replied; return both in the wire format, a JSON text each.
 
-        `caller` is what User.claimed tells. None if their session has ended, or the conversation is gone. Raises
-        IntegrityError if the conversation has a message of that idempotency key.
+        This is a transaction of its own. None if the session (see User.claimed) has ended, or the conversation is not
+        its user's. Raises IntegrityError if the conversation has a message of that idempotency key.
         """
-        pair = {"text": text, "asked_at": asked_at, "key": key}
-        pair |= {"reply": reply, "replied_at": datetime.now(UTC), "no_key": None}
+        pair = {"text": text, "asked_at": asked_at, "key": key, "reply": reply, "replied_at": datetime.now(UTC)}
         with db.engine.begin() as connection:
-            found = connection.execute(ADD_PAIR, {"id": conversation_id, **caller, **pair}).all()
-        return [json for _, json in sorted(found)] or None
+            stored = connection.execute(ADD_PAIR, {"id": conversation_id, **claim, **pair}).all()
+        return [json for _, json in sorted(stored)] or None
 
     def summary(self):
         """Return the conversation in the wire format, without its messages."""
@@ -95,14 +89,14 @@ class Conversation(db.Model):
 
 
 class ListCache:
-    """What was listed lately: by conversation, the id of its last message, and its messages as JSON.
+    """Whole lists of conversations as they were read lately. Messages never change, so only new ones are read again.
 
-    Messages never change, so these are still the same while the last one is. All is forgotten once a minute, so that
-    what was changed by hand shows, and when there is no room left.
+    At the first look after a minute all is forgotten, so that what was changed by hand shows; and when room runs out.
     """
 
     LIFETIME = 60  # seconds
     ROOM = 2**25  # bytes
+    OVERHEAD = 200  # bytes that a conversation takes beside its messages
 
     def __init__(self):
         self.clear()
@@ -110,25 +104,35 @@ class ListCache:
     def clear(self):
         self.lists, self.size, self.began = {}, 0, time.monotonic()
 
-    def get(self, key):
-        """Return {conversation's id: (last message's id, messages)}, empty if there is nothing of that key."""
+    def completed(self, key, read):
+        """Return what `read(0)` does: (id, name, last message's id, messages as JSON) of each conversation.
+
+        `read(since)` may leave out (None) messages where the last one's id is not above `since`.
+        """
         if time.monotonic() - self.began > self.LIFETIME:
             self.clear()
-        return self.lists.get(key, ({}, 0))[0]
+        known, _ = self.lists.get(key, ({}, 0))
+        rows = read(max((last or 0 for last, _ in known.values()), default=0))
+        if any(messages is None and known.get(id, (None,))[0] != last for id, _, last, messages in rows):
+            rows = read(0)
+        listed = {id: known[id] if new is None else (last, new.encode()) for id, _, last, new in rows}
+        if listed != known:
+            self.put(key, listed)
+        return [(id, name, *listed[id]) for id, name, _, _ in rows]
 
     def put(self, key, listed):
-        """Keep a list, in place of the former, if there is room for it."""
-        size = sum(len(messages) for _, messages in listed.values())
+        """Keep a list in place of the former, unless it is longer than there is room."""
+        size = sum(self.OVERHEAD + len(messages) for _, messages in listed.values())
         self.size -= self.lists.pop(key, ({}, 0))[1]
+        if size > self.ROOM:
+            return
         if self.size + size > self.ROOM:
             self.clear()
-        if size <= self.ROOM:
-            self.lists[key] = listed, size
-            self.size += size
+        self.lists[key] = listed, size
+        self.size += size
 
 
 LISTS = WeakKeyDictionary()  # each engine's ListCache
-NONE = (0, b"[]")
 
 # Statements are built once: that takes longer than to run them.
 OWN = (Conversation.id == db.bindparam("id")) & (Conversation.user_id == db.bindparam("user"))
@@ -148,14 +152,18 @@ def adding():
     It locks the conversation first: messages have the order of their ids, and the two stay next to each other.
     """
     talk = TALK.with_for_update(key_share=True, of=Conversation).cte("talk")
-    columns = Message.sender, Message.text, Message.created_at, Message.idempotency_key
 
-    def half(sender, *names):
-        given = (db.bindparam(name, type_=column.type) for name, column in zip(names, columns[1:], strict=True))
-        return db.select(talk.c.id, db.literal_column(f"'{sender}'"), *given)
+    def given(name, column):
+        return db.bindparam(name, type_=column.type)
 
-    halves = half("user", "text", "asked_at", "key"), half("bot", "reply", "replied_at", "no_key")
-    insert = Message.__table__.insert().from_select(["conversation_id", *columns], db.union_all(*halves))
+    said = given("text", Message.text), given("asked_at", Message.created_at), given("key", Message.idempotency_key)
+    replied = given("reply", Message.text), given("replied_at", Message.created_at), db.null()
+    halves = (
+        db.select(talk.c.id, db.literal_column("'user'"), *said),
+        db.select(talk.c.id, db.literal_column("'bot'"), *replied),
+    )
+    columns = ["conversation_id", "sender", "text", "created_at", "idempotency_key"]
+    insert = Message.__table__.insert().from_select(columns, db.union_all(*halves))
     return insert.returning(Message.id, Message.json).execution_options(alone=True)
 
 
@@ -166,11 +174,12 @@ ADD_PAIR = adding()
 def listing(only, limit, before, messages):
     """Build the statement of Conversation.listed, with these parameters or without."""
     of_talk = Message.conversation_id == Conversation.id
-    last = db.select(db.func.coalesce(db.func.max(Message.id), 0)).where(of_talk).scalar_subquery()
+    last = db.select(db.func.max(Message.id)).where(of_talk).scalar_subquery()
     shown = Message.stretch(Conversation.id, db.bindparam("messages") if messages else None).subquery()
-    texts = db.select(db.func.coalesce(db.func.aggregate_strings(shown.c.json, ","), "")).scalar_subquery()
-    texts = db.case((last > db.bindparam("known"), texts))
-    query = db.select(Conversation.id, Conversation.name, last, texts)
+    texts = db.select("[" + db.func.coalesce(db.func.aggregate_strings(shown.c.json, ","), "") + "]").scalar_subquery()
+    query = db.select(
+        Conversation.id, Conversation.name, last, db.case((last <= db.bindparam("since"), None), else_=texts)
+    )
     query = query.where(Conversation.user_id == db.bindparam("user"))
     if only:
         query = query.where(Conversation.id == db.bindparam("only"))

@@ -51,7 +51,7 @@ class Message(db.Model):
 
     @classmethod
     def pair_of(cls, conversation_id, key):
-        """Return what add_pair stored under that key: the user's text, and both in the wire format; or None."""
+        """Return what Conversation.add_pair stored under a key: the user's text, both in the wire format; or None."""
         in_talk = cls.conversation_id == conversation_id
         first = db.select(cls.id).where(in_talk, cls.idempotency_key == key).scalar_subquery()
         pair = db.session.execute(

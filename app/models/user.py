@@ -45,9 +45,9 @@ class User(UserMixin, db.Model):
         return db.session.scalar(NAMED, {"username": username})
 
     @classmethod
-    def locked(cls, id):
+    def locked(cls, user_id):
         """Return the user as the row is now, and keep others from changing it until the transaction ends."""
-        return db.session.scalar(LOCKED, {"user": id})
+        return db.session.scalar(LOCKED, {"user": user_id})
 
     @classmethod
     def claimed(cls, token, valid_from):

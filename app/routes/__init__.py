@@ -207,10 +207,9 @@ def trouble(error):
 def finish(response):
     """Add the headers that every answer has, and log the request in one line."""
     headers = response.headers
-    given = dict(headers)
-    if len(given.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
+    if len(headers.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
         lose_patience()
-    if "Cache-Control" not in given:
+    if "Cache-Control" not in headers:
         headers.add("Cache-Control", "no-store")
     headers.add("X-Request-ID", g.request_id)
     headers.add("X-Content-Type-Options", "nosniff")

@@ -139,7 +139,7 @@ def valid_from():
     return current_app.config["SESSIONS_VALID_FROM"]
 
 
-def claim():
+def claimed_session():
     """Return the session that the cookie names (see User.claimed) for a statement to confirm; or abort with 401."""
     return User.claimed(session.get("_user_id"), valid_from()) or abort(401)
 

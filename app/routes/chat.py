@@ -29,7 +29,7 @@ from app.routes import (
     trouble,
     unavailable,
 )
-from app.routes.auth import claim
+from app.routes.auth import claimed_session
 from app.sql import MAX_ID
 
 NAME_LENGTH = 255
@@ -127,9 +127,9 @@ def delete_conversation(conversation_id):
 @bp.post("/api/conversations/<id:conversation_id>/messages")
 def send_message(conversation_id):
     """Send a message and get the bot's reply: whole, or piece by piece for who accepts text/event-stream."""
-    caller, history = own_history(conversation_id)
+    claim, history = own_history(conversation_id)
     turn = Turn(
-        caller=caller,
+        claim=claim,
         conversation_id=conversation_id,
         text=string_field("text", 1, TEXT_LENGTH),
         key=idempotency_key(),
@@ -200,17 +200,17 @@ def own_conversation(conversation_id):
 
 
 def own_history(conversation_id):
-    """Return who calls, and what the bot is shown of their conversation; or abort with 401 or 404.
+    """Return the caller's session and what the bot is shown of one of their conversations; or abort with 401 or 404.
 
-    One statement confirms the session and reads the history, so that a send needs no @login_required. Where it finds
-    nothing, the other way tells why: the conversation may be empty.
+    One statement confirms the session and reads the history, so that a send needs no @login_required.
     """
-    caller = claim()
-    history = Conversation.history(conversation_id, caller, current_app.config["BOT_HISTORY"] - 1)
-    if not history:
-        login_required(own_conversation)(conversation_id)
-    g.user_id = caller["user"]
-    return caller, history
+    claim = claimed_session()
+    history = Conversation.history(conversation_id, claim, current_app.config["BOT_HISTORY"] - 1)
+    if not history:  # the session is over, the conversation is not the caller's, or it is empty
+        current_user.is_authenticated or abort(401)
+        own_conversation(conversation_id)
+    g.user_id = claim["user"]
+    return claim, history
 
 
 def idempotency_key():
@@ -223,9 +223,9 @@ def idempotency_key():
 
 @dataclass
 class Turn:
-    """A message on its way to a reply. It knows its user's session, which may end while the bot thinks."""
+    """A message on its way to a reply, and its user's session (see User.claimed), which may end meanwhile."""
 
-    caller: dict
+    claim: dict
     conversation_id: int
     text: str
     key: str | None
@@ -240,11 +240,11 @@ class Turn:
         if not reply.strip():
             raise BotError("the bot said nothing")
         try:
-            pair = Conversation.add_pair(self.conversation_id, self.caller, self.text, self.asked_at, reply, self.key)
+            pair = Conversation.add_pair(self.conversation_id, self.claim, self.text, self.asked_at, reply, self.key)
         except IntegrityError:  # an equal send was faster
-            return self.replayed()
+            return self.replayed() or abort(404, "Conversation not found")
         if pair is None:
-            abort(404, "Conversation not found") if User.of_session(self.caller) else abort(401)
+            abort(404, "Conversation not found") if User.of_session(self.claim) else abort(401)
         return [Fragment(message) for message in pair], {}
 
     def replayed(self):
