@@ -323,7 +323,7 @@ def test_what_is_changed_by_hand_shows_within_a_minute(app, ada, monkeypatch):
         db.session.execute(text("UPDATE message SET text = 'After' WHERE sender = 'user'"))
         db.session.commit()
     assert shown()[0] == "Before"  # messages that were read lately are not read again
-    assert ListCache.LIFETIME == 60
+    assert (ListCache.LIFETIME, ListCache.ROOM) == (60, 32 * 2**20)  # as the README says
     monkeypatch.setattr(ListCache, "LIFETIME", 0)
     assert shown()[0] == "After"
 
