@@ -27,9 +27,10 @@ limiter = Limiter(get_remote_address, strategy="moving-window")
 
 
 class CookieSessions(SecureCookieSessionInterface):
-    """Flask's signed cookies, each verified once, and without an age.
+    """Flask's signed cookies, each verified once, without an age, and sent only when they change.
 
-    The moment of the login decides what is alive, so no two servers' clocks need agree.
+    The moment of the login decides what is alive, so no two servers' clocks need agree. Every answer varies with the
+    cookie as it is, so an answer that leaves the session alone needs nothing of it.
     """
 
     def __init__(self, app):

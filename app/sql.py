@@ -4,7 +4,7 @@ import sqlite3
 import time
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, literal_column, text
+from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, func, literal_column, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.compiler import compiles
@@ -79,6 +79,11 @@ def _(element, compiler, **kw):
 @compiles(json_object, "postgresql")
 def _(element, compiler, **kw):
     return f"CAST(json_build_object({compiler.process(element.clauses, **kw)}) AS TEXT)"
+
+
+def json_array(texts):
+    """Return the text of the array of a column of JSON texts, in the order of the rows, built by the database."""
+    return "[" + func.coalesce(func.aggregate_strings(texts, ","), "") + "]"
 
 
 class utc_text(FunctionElement):

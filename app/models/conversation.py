@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from app import db
 from app.models.message import Message
 from app.models.user import ALIVE, User
+from app.sql import json_array
 
 
 class Conversation(db.Model):
@@ -56,9 +57,9 @@ class Conversation(db.Model):
         def read(since):
             return db.session.connection().execute(query, {**given, "since": since}).all()
 
-        if only is limit is messages is q is None:
+        if all(choice is None for choice in (only, limit, messages, q)):
             rows = LISTS.setdefault(db.engine, ListCache()).completed(user.id, read)
-        else:  # a page, or one conversation, is short enough to be read anew
+        else:
             rows = read(0)
         return [{"id": id, "name": name, "messages": Fragment(messages)} for id, name, _, messages in rows]
 
@@ -176,10 +177,8 @@ def listing(only, limit, before, messages):
     of_talk = Message.conversation_id == Conversation.id
     last = db.select(db.func.max(Message.id)).where(of_talk).scalar_subquery()
     shown = Message.stretch(Conversation.id, db.bindparam("messages") if messages else None).subquery()
-    texts = db.select("[" + db.func.coalesce(db.func.aggregate_strings(shown.c.json, ","), "") + "]").scalar_subquery()
-    query = db.select(
-        Conversation.id, Conversation.name, last, db.case((last <= db.bindparam("since"), None), else_=texts)
-    )
+    texts = db.case((last <= db.bindparam("since"), None), else_=db.select(json_array(shown.c.json)).scalar_subquery())
+    query = db.select(Conversation.id, Conversation.name, last, texts)
     query = query.where(Conversation.user_id == db.bindparam("user"))
     if only:
         query = query.where(Conversation.id == db.bindparam("only"))

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from app import db
-from app.sql import MAX_ID, json_object, utc_text
+from app.sql import MAX_ID, json_array, json_object, utc_text
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -51,7 +51,10 @@ class User(UserMixin, db.Model):
 
     @classmethod
     def claimed(cls, token, valid_from):
-        """Return the session that a token (see get_id) names, as ALIVE asks for it; None if such cannot be alive."""
+        """Return the session that a token (see get_id) names; None if it names none that can be alive.
+
+        It is what ALIVE has to be told: {"user": the user's id, "moment": when it was opened}.
+        """
         parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
         moment = parts and EPOCH + int(parts[2]) * TICK
         return {"user": int(parts[1]), "moment": moment} if parts and moment >= valid_from else None
@@ -76,8 +79,8 @@ class User(UserMixin, db.Model):
         """
         given = {"valid_from": valid_from, "limit": limit, "after": after}
         with db.engine.connect() as connection:
-            texts, last, newest = connection.execute(STATUSES, given).one()
-        return f"[{texts or ''}]", last if last != newest else None
+            users, last, newest = connection.execute(STATUSES, given).one()
+        return users, last if last != newest else None
 
     def still_here(self):
         """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
@@ -122,7 +125,7 @@ STATUS = json_object(
     last_login=utc_text(User.last_login),
     last_logout=utc_text(User.last_logout),
 )
-PAGE = (
+STATUS_PAGE = (
     db.select(User.user_id, STATUS.label("json"))
     .where(User.user_id > db.bindparam("after"))
     .order_by(User.user_id)
@@ -130,8 +133,8 @@ PAGE = (
     .subquery()
 )
 STATUSES = db.select(
-    db.func.aggregate_strings(PAGE.c.json, ","),
-    db.func.max(PAGE.c.user_id),
+    json_array(STATUS_PAGE.c.json),
+    db.func.max(STATUS_PAGE.c.user_id),
     db.select(db.func.max(User.user_id)).scalar_subquery(),
 )
 

@@ -209,11 +209,11 @@ def finish(response):
     headers = response.headers
     if len(headers.get("Content-Length", "")) > 5:  # more than what the network's buffers take at once
         lose_patience()
-    if "Cache-Control" not in headers:
-        headers.add("Cache-Control", "no-store")
     headers.add("X-Request-ID", g.request_id)
     headers.add("X-Content-Type-Options", "nosniff")
     headers.add("Vary", "Origin, Cookie")
+    if "Cache-Control" not in headers:
+        headers.add("Cache-Control", "no-store")
     log.info(
         "%s %s %d %.1f ms user=%s id=%s",
         request.method,

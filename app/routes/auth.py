@@ -96,7 +96,8 @@ def users_status():
     if after is not None and not limit:
         abort(400, "after goes with limit")
     users, last = User.statuses(valid_from(), limit or MAX_ID, after or 0)
-    return revalidated({"users": Fragment(users)}, **({"after": last} if last else {}))
+    following = {"after": last} if last else {}
+    return revalidated({"users": Fragment(users)}, **following)
 
 
 @bp.put("/api/password")

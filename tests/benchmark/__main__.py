@@ -30,8 +30,8 @@ from tests.benchmark.driving import (
 
 CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
 LARGE = 100  # as many times the conversations of the ordinary reader
-PAGE = "/api/conversations?limit=100"  # all of them, too: each time read anew, whatever was read before
 LIST, ME, STATUS, TEST = "/api/conversations", "/api/current_user", "/api/users/status", "/api/test"
+PAGE = f"{LIST}?limit=100"  # all of them, too: each time read anew, whatever was read before
 
 
 class Side:
