@@ -51,17 +51,17 @@ def test_the_demo_fills_the_database_for_a_front_end_to_show(app):
 
 def test_a_demo_conversation_goes_on(app):
     run(app, "demo")
-    ada = app.test_client()
-    ada.login("ada", "demo password")
-    talk = ada.get("/api/conversations").json[0]
-    pair = ada.send(talk["id"], "Is it still you?").json
-    assert ada.get(f"/api/conversations/{talk['id']}").json["messages"] == talk["messages"] + pair
+    charles = app.test_client()
+    charles.login("charles", "demo password")
+    talk = charles.get("/api/conversations").json[0]
+    pair = charles.send(talk["id"], "Is it still you?").json
+    assert charles.get(f"/api/conversations/{talk['id']}").json["messages"] == talk["messages"] + pair
 
 
 def test_a_second_demo_says_no_and_doubles_nothing(app, client):
     run(app, "demo")
     before = run(app, "users")
-    client.login("ada", "demo password")
+    client.login("charles", "demo password")
     talks = client.get("/api/conversations").json
     assert run(app, "demo") == (1, [], ["Error: the demo's users exist already"])
     assert client.get("/api/conversations").json == talks
@@ -70,10 +70,10 @@ def test_a_second_demo_says_no_and_doubles_nothing(app, client):
 
 
 def test_a_demo_takes_nobody_s_name(app, client):
-    client.signup("grace")
+    client.signup("barbara")
     assert run(app, "demo") == (1, [], ["Error: the demo's users exist already"])
-    assert [line.split()[-1] for line in run(app, "users")[1]] == ["grace"]
-    assert client.login("grace", PASSWORD).status_code == 200
+    assert [line.split()[-1] for line in run(app, "users")[1]] == ["barbara"]
+    assert client.login("barbara", PASSWORD).status_code == 200
     assert client.get("/api/conversations").json == []
 
 
@@ -91,6 +91,14 @@ def test_users_are_listed_with_their_status(app, client):
     assert len({re.search(r"\S+( there)?$", line).start() for line in lines}) == 1
 
 
+def test_who_is_online_is_seen_from_another_process(app, database):
+    newcomer(app, "here")
+    newcomer(app, "gone").logout()
+    status, lines, complaints = flask("users", url=database)
+    assert (status, complaints) == (0, [])
+    assert [(line.split()[1], line.split()[-1]) for line in lines] == [("Online", "here"), ("Offline", "gone")]
+
+
 def test_where_nobody_is_nobody_is_listed(app):
     assert run(app, "users") == (0, [], [])
 
@@ -98,11 +106,11 @@ def test_where_nobody_is_nobody_is_listed(app):
 def test_both_commands_are_there_for_python_m_flask(database):
     status, [line], complaints = flask("demo", url=database)
     assert (status, complaints) == (0, [])
-    assert line.startswith("Log in as ada")
+    assert line.startswith("Log in as charles")
     status, lines, complaints = flask("users", url=database)
     assert (status, complaints) == (0, [])
     assert [line.split() for line in lines] == [
-        [str(n), "Offline", "never", name] for n, name in enumerate(("ada", "alan", "grace"), 1)
+        [str(n), "Offline", "never", name] for n, name in enumerate(("charles", "alan", "barbara"), 1)
     ]
 
 

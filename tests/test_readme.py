@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from app.routes.chat import DEMO
 from config import SETTINGS
 from tests.serving import PATIENCE, ROOT
 from tests.test_browsers import NEEDS_CHROMIUM, browsing, serve_pages  # noqa: F401
@@ -24,6 +25,12 @@ def block(language, containing):
 @pytest.mark.parametrize("command", ["run.py", "-m pytest"])
 def test_each_of_the_two_commands_is_one_line(command):
     assert f"```bash\n{SETUP} {command}\n```" in README
+
+
+def test_whoever_follows_the_readme_takes_no_name_of_the_demo_s():
+    names = re.findall(r'"?username"?: "(\w+)"', README)
+    assert len(names) > 2
+    assert not set(names) & set(DEMO)
 
 
 def test_the_walk_with_curl_works_when_pasted(serve):

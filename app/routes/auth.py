@@ -15,7 +15,7 @@ from werkzeug.exceptions import TooManyRequests
 
 from app import db, limiter, login_manager
 from app.models import User
-from app.models.user import hash_password, verify_password
+from app.models.user import EPOCH, hash_password, verify_password
 from app.routes import PAGE, number_parameter, revalidated, string_field, trouble
 from app.sql import MAX_ID
 
@@ -124,9 +124,12 @@ def delete_account():
 
 @bp.cli.command("users")
 def list_users():
-    """List the users and who is online."""
+    """List the users and who is online, which here is who logged in and not out since.
+
+    The moment since which sessions count is the server's, and this is another process.
+    """
     try:
-        users, _ = User.statuses(valid_from())
+        users, _ = User.statuses(EPOCH)
     except SQLAlchemyError as error:
         raise click.ClickException(trouble(error)) from None
     for user in orjson.loads(users):

@@ -39,12 +39,12 @@ MESSAGES = 1000  # at most so many messages in each conversation of a list that 
 PAUSE = 15  # seconds of the bot's silence after which a stream shows that it is alive
 DEMO_PASSWORD = "demo password"
 DEMO = {
-    "ada": {
+    "charles": {
         "The analytical engine": ["Hello", "Can a machine compose music?", "I think it might"],
         "Notes": ["Note G is about the Bernoulli numbers"],
     },
     "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
-    "grace": {"A first bug": []},
+    "barbara": {"A first draft": []},
 }
 
 bp = Blueprint("chat", __name__, cli_group=None)
