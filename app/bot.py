@@ -1,148 +1,132 @@
-"""The bot: a conversation's history in, pieces of reply out. It knows no HTTP of ours and no database.
+"""The bot: a conversation's history in, chunks of the reply out. No Flask, no database.
 
-A bot is a function from a history, a list of (sender, text) with the oldest first and the user's new
-message last, to an iterator of pieces of text. It raises BotError when it cannot go on.
+A bot is called as `bot(history, user_id=..., conversation_id=...)`. The history is a list of (sender, text), oldest
+first, with the user's new message last; the result is any iterable of strings. A bot raises BotError or one of its
+subclasses when it fails. If the iterable has a method `cancel()`, another thread may call it to end a blocked `next()`.
 """
 
 import re
 import time
-from queue import Empty, SimpleQueue
-from threading import Thread
 
-REPLY_LENGTH = 100_000  # characters, after which a model that does not come to an end is cut off
-HELP = """I am simulated, for rehearsing a front end:
-/slow 5 takes five seconds, piece by piece;
-/long 500 is 500 words;
-/fail fails as a model would;
-/drop 10 breaks off after ten words;
-/help says this."""
+HELP = """This bot is simulated. It understands these commands:
+/slow 5 replies for five seconds, one word a second
+/long 500 replies with 500 words
+/fail fails before the first word
+/drop 10 fails after ten words
+/truncate 10 is cut off after ten words, as a model is at its token limit
+/help shows this list"""
+COMMAND = re.compile(r"/(slow|long|fail|drop|truncate|help)(?: +([1-9][0-9]{0,3}))?")
+MAX_QUOTE_LENGTH = 80
 
 
 class BotError(Exception):
-    """The bot failed, and how: for the log, not for people."""
+    """The bot failed. The message is for the log and contains no text of a conversation."""
 
 
 class BotTimeout(BotError):
-    """The bot was silent for too long."""
+    """The model produced nothing for BOT_TIMEOUT seconds."""
 
 
-def make_bot(settings):
-    """Return the bot that the settings, a mapping, choose: the simulated one unless BOT_MODEL names a model."""
-    return openai_bot(settings) if settings["BOT_MODEL"] else simulated_bot
+class BotBusy(BotError):
+    """The model is busy; a retry after `retry_after` seconds may succeed."""
+
+    def __init__(self, message, retry_after):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
-def simulated_bot(history):
-    """Reply without a model, and without chance: the same history always gets the same reply."""
-    said = history[-1][1].strip()
-    command = re.fullmatch(r"/(slow|long|fail|drop|help)(?: +([1-9][0-9]{0,3}))?", said)
-    name, number = (command[1], int(command[2] or 10)) if command else ("", 0)
-    if name == "fail":
-        raise BotError("asked to fail")
-    if name == "help":
-        yield from words(HELP)
-    elif name:
-        for count in range(1, number + 1):
-            if name == "slow":
-                time.sleep(1)
-            yield f"{count} "
-        if name == "drop":
-            raise BotError("asked to break off")
+class BotTruncated(BotError):
+    """The model ended the reply at a limit. Raised after the last chunk."""
+
+
+class BotMessageTooLong(BotError):
+    """The new message alone does not fit the model's context."""
+
+
+def create_bot(config):
+    """Return the bot for a configuration: an OpenAI-compatible model if BOT_MODEL is set, else the simulated bot.
+
+    Raises ValueError if a setting or an environment variable makes the model's server unusable.
+    """
+    if not config["BOT_MODEL"]:
+        return simulated_bot
+    from app.openai_bot import OpenAIBot  # takes memory that the simulated bot does not need
+
+    return OpenAIBot(config)
+
+
+def simulated_bot(history, user_id=None, conversation_id=None):
+    """Yield a reply word by word, always the same one for the same history."""
+    text = history[-1][1].strip()
+    command = COMMAND.fullmatch(text)
+    if not command:
+        earlier = [message for sender, message in history[:-1] if sender == "user"]
+        yield from split_words(canned_reply(text, earlier[-1] if earlier else ""))
+    elif command[1] == "help":
+        yield from split_words(HELP)
     else:
-        yield from words(small_talk(said, [text for sender, text in history[:-1] if sender == "user"]))
+        yield from run_command(command[1], int(command[2] or 10))
 
 
-def small_talk(said, before):
-    """Return a sentence or two on what was `said`, after what the user said `before`."""
-    subject = said if len(said) <= 80 else f"{said[:79]}…"
-    if said.endswith("?"):
-        reply = f"You ask: “{subject}” A real model would know; I am simulated. Try /help."
-    elif re.match(r"(hi|hello|hey|good (morning|day|evening))\b", said, re.IGNORECASE):
+def run_command(name, count):
+    """Yield `count` words, or fail, as a command of the simulated bot demands."""
+    if name == "fail":
+        raise BotError("simulated failure")
+    for number in range(1, count + 1):
+        if name == "slow":
+            time.sleep(1)
+        yield f"{number} "
+    if name == "drop":
+        raise BotError("simulated failure after the first word")
+    if name == "truncate":
+        raise BotTruncated("simulated token limit")
+
+
+def canned_reply(text, previous):
+    """Return a reply to a text that quotes it and the user's previous message."""
+    if text.endswith("?"):
+        reply = f"You ask: “{shorten(text)}” A real model would know; this bot is simulated. Try /help."
+    elif re.match(r"(hi|hello|hey|good (morning|day|evening))\b", text, re.IGNORECASE):
         reply = "Hello! What would you like to talk about?"
     else:
-        reply = f"You say: “{subject}” Tell me more."
-    return f"{reply} Before that you said: “{before[-1][:80]}”" if before else reply
+        reply = f"You say: “{shorten(text)}” Tell me more."
+    return f"{reply} Before that you wrote: “{shorten(previous)}”" if previous else reply
 
 
-def words(text):
-    """Split into words, each with the blanks that follow it."""
+def shorten(text):
+    """Return at most MAX_QUOTE_LENGTH characters of a text, with an ellipsis if it was longer."""
+    return text if len(text) <= MAX_QUOTE_LENGTH else f"{text[: MAX_QUOTE_LENGTH - 1]}…"
+
+
+def split_words(text):
+    """Return the words of a text, each with the white space that follows it."""
     return re.findall(r"\S+\s*", text)
 
 
-def openai_bot(settings):
-    """Return a bot that asks a model by the OpenAI protocol, which most servers of models speak."""
-    import openai
+def fit_history(history, max_chars):
+    """Return the latest whole turns of a history that have at most `max_chars` characters, and at least the new message.
 
-    timeout = settings["BOT_TIMEOUT"]
-    client = openai.OpenAI(
-        base_url=settings["OPENAI_BASE_URL"],
-        api_key=settings["OPENAI_API_KEY"] or "none",  # a model at home wants no key, the client wants one
-        timeout=timeout,
-        max_retries=0,
-    )
-    nonsense = (ValueError, TypeError, AttributeError, RecursionError)  # chunks that are no JSON, or not as agreed
-    prompt = [{"role": "system", "content": settings["BOT_PROMPT"]}] if settings["BOT_PROMPT"] else []
-    roles = {"user": "user", "bot": "assistant"}
-
-    def bot(history):
-        messages = prompt + [{"role": roles[sender], "content": text} for sender, text in history]
-        finished, left, heard = False, REPLY_LENGTH, time.monotonic()
-        try:
-            with client.chat.completions.create(model=settings["BOT_MODEL"], messages=messages, stream=True) as chunks:
-                for chunk in chunks:
-                    for choice in chunk.choices or ():
-                        finished = finished or choice.finish_reason is not None
-                        if piece := clean((choice.delta and choice.delta.content) or "")[:left]:
-                            left -= len(piece)
-                            yield piece
-                            heard = time.monotonic()
-                    if not left:
-                        return
-                    if time.monotonic() - heard > timeout:
-                        raise BotTimeout(f"the model said nothing for {timeout} s")
-        except openai.APITimeoutError as error:
-            raise BotTimeout(f"the model was silent for {timeout} s") from error
-        except (openai.OpenAIError, *nonsense) as error:
-            reason = " ".join(str(error).split()).replace(client.api_key, "[key]")  # some servers repeat it
-            raise BotError(f"the model failed: {reason}") from error
-        if not finished:
-            raise BotError("the model broke off")
-
-    return bot
+    The result begins with the user and alternates: consecutive messages of one sender are joined by a blank line.
+    """
+    turns = split_turns(history)
+    new_sender, new_text = history[-1]
+    if not turns or len(turns[-1]["user"]) > max_chars:
+        return [(new_sender, new_text)]
+    first, remaining = len(turns), max_chars
+    while first and (remaining := remaining - sum(map(len, turns[first - 1].values()))) >= 0:
+        first -= 1
+    return [message for turn in turns[first:] for message in turn.items()]
 
 
-def clean(text):
-    """Leave out what a database cannot hold: NUL, and halves of surrogate pairs."""
-    return text.replace("\0", "").encode("utf-8", "ignore").decode()
-
-
-def with_pauses(pieces, seconds):
-    """Yield the pieces as they come, and None whenever that many seconds passed without one."""
-    queue = SimpleQueue()
-    wanted = True
-
-    def pump():
-        try:
-            for piece in pieces:
-                queue.put(piece)
-                if not wanted:
-                    break
-            queue.put(StopIteration())
-        except Exception as error:
-            queue.put(error)
-        finally:
-            pieces.close()
-
-    Thread(target=pump, daemon=True).start()
-    try:
-        while True:
-            try:
-                piece = queue.get(timeout=seconds)
-            except Empty:
-                piece = None
-            if isinstance(piece, StopIteration):
-                return
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-    finally:
-        wanted = False
+def split_turns(history):
+    """Return the turns of a history, each a dict of the user's text and, if there is one, the bot's text."""
+    turns = []
+    for sender, text in history:
+        if not text:
+            continue
+        if sender == "user" and (not turns or "bot" in turns[-1]):
+            turns.append({"user": text})
+        elif turns:
+            previous = turns[-1].get(sender)
+            turns[-1][sender] = f"{previous}\n\n{text}" if previous else text
+    return turns

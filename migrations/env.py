@@ -1,11 +1,9 @@
-"""How `flask db` runs the migrations: all in one transaction, one server at a time, on either database."""
+"""How `flask db` runs the migrations: in one transaction, one server at a time, on SQLite and PostgreSQL."""
 
 from alembic import context
 from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy.exc import DBAPIError
-
-from app.sql import begin
 
 db = current_app.extensions["migrate"].db
 options = {
@@ -13,20 +11,38 @@ options = {
     "target_metadata": db.metadata,
     "transactional_ddl": True,
 }
-LOCK = 0x0C4A7B07  # any number, the same for all servers
+ADVISORY_LOCK = 0x0C4A7B07  # any number, the same for all servers
+
+
+def one_line(error):
+    """Return what the database says of an error, in one line."""
+    return " ".join(str(error.orig).split())
+
+
+def connect():
+    """Return a new connection to the database of DATABASE_URL. Raises CommandError if there is none."""
+    try:
+        connection = db.engine.connect()
+    except DBAPIError as error:
+        raise CommandError(f"the database of DATABASE_URL cannot be used: {one_line(error)}") from error
+    if connection.dialect.name == "sqlite":
+        # Alembic alters a table by copying it; dropping the old one must not delete the rows that refer to it.
+        connection.connection.dbapi_connection.execute("PRAGMA foreign_keys=OFF")
+    return connection
 
 
 def migrate(connection):
-    if connection.dialect.name == "sqlite":
-        # Altering a table here is copying it, and dropping the old one must not cascade to its children.
-        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-    begin(connection.connection.dbapi_connection)
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
-    context.configure(connection=connection, **options)
-    with context.begin_transaction():
-        context.run_migrations()
-    connection.commit()
+    """Run the migrations in one transaction. Raises CommandError with what failed."""
+    try:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+        context.configure(connection=connection, **options)
+        with context.begin_transaction():
+            context.run_migrations()
+        connection.commit()
+    except DBAPIError as error:
+        raise CommandError(f"a migration failed: {one_line(error)} [{' '.join(error.statement.split())}]") from error
 
 
 if context.is_offline_mode():
@@ -34,12 +50,8 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    try:
-        with db.engine.connect() as connection:
-            try:
-                migrate(connection)
-            finally:
-                connection.invalidate()
-    except DBAPIError as error:
-        reason = " ".join(str(error.orig).split())
-        raise CommandError(f"the database of DATABASE_URL cannot be used: {reason}") from error
+    with connect() as connection:
+        try:
+            migrate(connection)
+        finally:
+            connection.invalidate()  # its foreign keys are off

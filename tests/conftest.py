@@ -1,4 +1,4 @@
-"""The fixtures: an application on each database, people who use it, and the program served for real."""
+"""The fixtures: an application on each database, logged-in clients, and the program served by `python run.py`."""
 
 import os
 import secrets
@@ -9,7 +9,6 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 from flask_migrate import upgrade
-from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
@@ -18,15 +17,17 @@ from config import SETTINGS
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
 from app import create_app, db
-from tests.serving import Server
+from tests.helpers.server import Server
 
 PASSWORD = "correct horse"
+CHEAP_HASH = "pbkdf2:sha256:1"
 SERVER_URL = os.environ.get("TEST_DATABASE_URL")
-NEEDS_POSTGRESQL = pytest.mark.skipif(not SERVER_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
+needs_postgresql = pytest.mark.skipif(not SERVER_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
+DATABASES = ["sqlite", pytest.param("postgresql", marks=needs_postgresql)]
 
 
 class Client(FlaskClient):
-    """A test client that knows how to sign up and log in; once it has, it has a user_id."""
+    """A test client that signs up, logs in and sends messages; once it has logged in, it has a user_id."""
 
     user_id = None
 
@@ -42,19 +43,23 @@ class Client(FlaskClient):
     def logout(self):
         return self.post(f"/api/logout/{self.user_id}")
 
-    def create(self, name="Talk"):
-        """Open a conversation and return its id."""
-        return self.post("/api/conversations", json={"name": name}).json["id"]
-
-    def send(self, conversation_id, text="Hello", **kwargs):
-        return self.post(f"/api/conversations/{conversation_id}/messages", json={"text": text}, **kwargs)
-
     def is_logged_in(self):
         return self.get("/api/current_user").status_code == 200
 
+    def create_conversation(self, name="Conversation"):
+        """Create a conversation and return its id."""
+        return self.post("/api/conversations", json={"name": name}).json["id"]
+
+    def send_message(self, conversation_id, text="Hello", **kwargs):
+        return self.post(f"/api/conversations/{conversation_id}/messages", json={"text": text}, **kwargs)
+
+    def list_messages(self, conversation_id):
+        """Return all messages of a conversation."""
+        return self.get(f"/api/conversations/{conversation_id}").json["messages"]
+
     @property
     def session_cookie(self):
-        return self.get_cookie("session").value
+        return self.get_cookie("chatbot_session").value
 
 
 def migrate(url):
@@ -65,8 +70,8 @@ def migrate(url):
 
 
 @contextmanager
-def postgresql_database():
-    """Make a database of its own on the server that TEST_DATABASE_URL names; hand on its URL."""
+def create_postgresql_database():
+    """Create a database on the server of TEST_DATABASE_URL for the time of the block; yield its URL."""
     name = f"chat_test_{secrets.token_hex(4)}"
     with psycopg.connect(SERVER_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -76,15 +81,9 @@ def postgresql_database():
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def pytest_collection_modifyitems(items):
-    """Starting the program takes seconds, so what serves it is slow; the README's walk is enough of it for a start."""
-    for item in items:
-        if "serve" in item.fixturenames and item.module.__name__ != "tests.test_readme":
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory):
+    """The path of a migrated SQLite database, to copy."""
     path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
     migrate(f"sqlite:///{path}")
     return path
@@ -92,14 +91,15 @@ def migrated_sqlite(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def migrated_postgresql():
-    with postgresql_database() as url:
+    """The URL of a migrated PostgreSQL database, to empty."""
+    with create_postgresql_database() as url:
         migrate(url)
         yield url
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=NEEDS_POSTGRESQL)])
+@pytest.fixture(params=DATABASES)
 def database(request, tmp_path):
-    """The URL of a migrated database with nothing in it."""
+    """The URL of a migrated database without rows."""
     if request.param == "sqlite":
         path = tmp_path / "chat.db"
         with sqlite3.connect(request.getfixturevalue("migrated_sqlite")) as source, sqlite3.connect(path) as copy:
@@ -113,28 +113,30 @@ def database(request, tmp_path):
     return url
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=NEEDS_POSTGRESQL)])
+@pytest.fixture(params=DATABASES)
 def empty_database(request, tmp_path):
     """The URL of a database without tables."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'empty.db'}"
     else:
-        with postgresql_database() as url:
+        with create_postgresql_database() as url:
             yield url
 
 
 @pytest.fixture
 def make_app(database):
-    """A function that makes an application on `database`, with cheap passwords and settings laid over."""
+    """A function that returns an application on `database`, with cheap password hashes and other settings."""
     apps = []
 
-    def make(**settings):
-        apps.append(create_app({"DATABASE_URL": database, "PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", **settings}))
+    def make(bot=None, **settings):
+        config = {"DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH, **settings}
+        apps.append(create_app(config, bot=bot))
         apps[-1].test_client_class = Client
         return apps[-1]
 
     yield make
     for app in apps:
+        app.extensions["replies"].shutdown(timeout=0)
         with app.app_context():
             db.engine.dispose()
 
@@ -146,53 +148,38 @@ def app(make_app):
 
 @pytest.fixture
 def client(app):
-    """Someone without a session."""
+    """A client without a session."""
     return app.test_client()
 
 
-def newcomer(app, username):
-    person = app.test_client()
-    assert person.signup(username).status_code == 201
-    assert person.login(username).status_code == 200
-    return person
+def create_logged_in_client(app, username):
+    """Sign up a user and return a client with a session."""
+    client = app.test_client()
+    assert client.signup(username).status_code == 201
+    assert client.login(username).status_code == 200
+    return client
 
 
 @pytest.fixture
 def ada(app):
-    """Someone with a session."""
-    return newcomer(app, "ada")
+    """A client with the session of ada."""
+    return create_logged_in_client(app, "ada")
 
 
 @pytest.fixture
 def bob(app):
-    """Someone else with a session."""
-    return newcomer(app, "bob")
-
-
-@contextmanager
-def statements(app):
-    """Collect the SQL that is sent meanwhile."""
-    with app.app_context():
-        engine = db.engine
-    sent = []
-
-    def note(connection, cursor, statement, *rest):
-        sent.append(statement)
-
-    event.listen(engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(engine, "before_cursor_execute", note)
+    """A client with the session of bob."""
+    return create_logged_in_client(app, "bob")
 
 
 @pytest.fixture
 def serve(database):
-    """A function that serves the program on `database` by `python run.py`; returns a tests.serving.Server."""
+    """A function that serves the program on `database` by `python run.py`; returns a Server."""
     servers = []
 
     def start(*arguments, **settings):
-        servers.append(
-            Server(*arguments, **{"DATABASE_URL": database, "PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", **settings})
-        )
+        settings = {"DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH, **settings}
+        servers.append(Server(*arguments, **settings))
         return servers[-1]
 
     yield start

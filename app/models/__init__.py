@@ -1,4 +1,4 @@
-"""The three tables."""
+"""The database models."""
 
 from app.models.conversation import Conversation
 from app.models.message import Message

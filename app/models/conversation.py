@@ -1,189 +1,395 @@
-"""A named talk of one user, and the queries that list talks."""
+"""Conversations, and the exchanges in them: a user's message and the bot's reply."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from weakref import WeakKeyDictionary
 
-from orjson import Fragment
-from sqlalchemy import ForeignKey, Index, String
+from sqlalchemy import (
+    ForeignKey,
+    Index,
+    String,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    tuple_,
+    union_all,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.models.message import Message
-from app.models.user import ALIVE, User
-from app.sql import json_array
+from app.database import autocommit, contains, fold_case, json_array, utcnow
+from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
+from app.models.user import User
+
+MAX_HISTORY_MESSAGES = 500  # that a bot is given
 
 
 class Conversation(db.Model):
-    """A named talk between one user and the bot."""
+    """A conversation between one user and the bot."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(255))
     user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+    # The last change of a message. Every statement that changes messages changes this first, which locks the row.
+    updated_at: Mapped[datetime] = mapped_column(default=lambda context: context.get_current_parameters()["created_at"])
 
     user: Mapped[User] = relationship(back_populates="conversations")
     messages: Mapped[list[Message]] = relationship(
         back_populates="conversation", order_by=Message.id, passive_deletes=True
     )
 
-    __table_args__ = (Index(None, "user_id", "id"), {"sqlite_autoincrement": True})
-    __mapper_args__ = {"confirm_deleted_rows": False}  # it is fine when another request was faster
+    __table_args__ = (
+        Index(None, "user_id", "id"),
+        Index(None, "user_id", "updated_at", "id"),
+        {"sqlite_autoincrement": True},
+    )
+    __mapper_args__ = {"confirm_deleted_rows": False}  # another request may have deleted it just before
 
     @classmethod
-    def owned(cls, conversation_id, user):
-        """Return that conversation of that user, or None."""
-        return db.session.scalar(OWNED, {"id": conversation_id, "user": user.id})
+    def get_for_user(cls, id, user_id):
+        """Return the user's conversation, or None."""
+        return db.session.scalar(select(cls).filter_by(id=id, user_id=user_id))
 
     @classmethod
-    def listed(cls, user, only=None, limit=None, before=None, messages=None, q=None):
-        """Return the user's conversations in the wire format, oldest first.
+    def list_for_user(cls, user_id, messages=None, **filters):
+        """Return rows of the user's conversations, each with `messages_json`, in the order that `filters` asks for.
 
-        `only`: just the one of that id. `limit`: at most so many, newest first, and of ids below `before`.
-        `messages`: at most so many in each, its newest. `q`: just those with that text in the name or in a
-        message, in any case.
+        `messages`: at most so many of the newest messages in each. `filters`: see filter_for_user().
         """
-        query = listing(only is not None, limit is not None, before is not None, messages is not None)
-        if q is not None:
-            said = db.select(Message.id).where(Message.conversation_id == cls.id)
-            said = said.where(Message.text.icontains(q, autoescape=True)).limit(1).scalar_subquery()
-            # Not EXISTS, for which PostgreSQL may read everybody's messages.
-            query = query.where(cls.name.icontains(q, autoescape=True) | said.is_not(None))
-        given = {"user": user.id, "only": only, "limit": limit, "before": before, "messages": messages}
+        page = Message.select_page(cls.id, limit=messages).subquery()
+        messages_json = select(json_array(page.c.json)).scalar_subquery()
+        query = select(*cls.__table__.columns, messages_json.label("messages_json"))
+        return db.session.execute(cls.filter_for_user(query, user_id, **filters)).all()
 
-        def read(since):
-            return db.session.connection().execute(query, {**given, "since": since}).all()
+    @classmethod
+    def get_version(cls, user_id, **filters):
+        """Return what changes whenever list_for_user() does, for an ETag: rows of (id, name, updated_at)."""
+        query = select(cls.id, cls.name, cls.updated_at)
+        return db.session.execute(cls.filter_for_user(query, user_id, **filters)).all()
 
-        if all(choice is None for choice in (only, limit, messages, q)):
-            rows = LISTS.setdefault(db.engine, ListCache()).completed(user.id, read)
+    @classmethod
+    def filter_for_user(cls, query, user_id, id=None, q=None, limit=None, before=None, recent=False, cursor=None):
+        """Restrict a query to the user's conversations.
+
+        `id`: only that one. `q`: those with a text in the name or a message. `limit`: so many, the newest first,
+        `before`: of ids below it. `recent`: by the last change, the latest first; `cursor`: those that come after an
+        (updated_at, id) in this order. Without any of these: all of them, the oldest first.
+        """
+        query = query.where(cls.user_id == user_id)
+        if id is not None:
+            query = query.where(cls.id == id)
+        if q:
+            query = query.where(cls.search(fold_case(q)))
+        if before is not None:
+            query = query.where(cls.id < before)
+        if cursor is not None:
+            query = query.where(tuple_(cls.updated_at, cls.id) < tuple_(*cursor))
+        if recent:
+            query = query.order_by(cls.updated_at.desc(), cls.id.desc())
         else:
-            rows = read(0)
-        return [{"id": id, "name": name, "messages": Fragment(messages)} for id, name, _, messages in rows]
+            query = query.order_by(cls.id.desc() if limit else cls.id)
+        return query.limit(limit) if limit else query
 
     @classmethod
-    def history(cls, conversation_id, claim, limit):
-        """Return the last `limit` messages of a conversation as (sender, text), oldest first.
-
-        Nothing if it is not that of the user of the session (see User.claimed), or the session has ended.
-        """
-        with db.engine.connect() as connection:
-            return connection.execute(LAST, {"id": conversation_id, **claim, "limit": limit}).all()[::-1]
+    def search(cls, folded):
+        """Return the SQL condition that the name or a message has a text."""
+        message_id = (
+            select(Message.id)
+            .where(Message.conversation_id == cls.id, Message.replaces_id.is_(None), contains(Message.text, folded))
+            .limit(1)
+            .scalar_subquery()
+        )
+        return or_(contains(cls.name, folded), message_id.is_not(None))  # for EXISTS, PostgreSQL may scan the table
 
     @classmethod
-    def add_pair(cls, conversation_id, claim, text, asked_at, reply, key=None):
-        """Store what the user said and what the bot replied; return both in the wire format, a JSON text each.
+    def search_messages(cls, user_id, q, limit, before=None):
+        """Return rows of (Message, conversation's name) of the user's messages with a text, the newest first."""
+        query = (
+            select(Message, cls.name)
+            .join(Message.conversation)
+            .where(cls.user_id == user_id, Message.replaces_id.is_(None), contains(Message.text, fold_case(q)))
+        )
+        if before is not None:
+            query = query.where(Message.id < before)
+        return db.session.execute(query.order_by(Message.id.desc()).limit(limit)).all()
 
-        This is a transaction of its own. None if the session (see User.claimed) has ended, or the conversation is not
-        its user's. Raises IntegrityError if the conversation has a message of that idempotency key.
-        """
-        pair = {"text": text, "asked_at": asked_at, "key": key, "reply": reply, "replied_at": datetime.now(UTC)}
-        with db.engine.begin() as connection:
-            stored = connection.execute(ADD_PAIR, {"id": conversation_id, **claim, **pair}).all()
-        return [json for _, json in sorted(stored)] or None
-
-    def summary(self):
-        """Return the conversation in the wire format, without its messages."""
+    def to_dict(self):
+        """Return what the API shows of a conversation without its messages."""
         return {"id": self.id, "name": self.name}
 
 
-class ListCache:
-    """Whole lists of conversations as they were read lately. Messages never change, so only new ones are read again.
-
-    At the first look after a minute all is forgotten, so that what was changed by hand shows; and when room runs out.
-    """
-
-    LIFETIME = 60  # seconds
-    ROOM = 2**25  # bytes
-    OVERHEAD = 200  # bytes that a conversation takes beside its messages
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self.lists, self.size, self.began = {}, 0, time.monotonic()
-
-    def completed(self, key, read):
-        """Return what `read(0)` does: (id, name, last message's id, messages as JSON) of each conversation.
-
-        `read(since)` may leave out (None) messages where the last one's id is not above `since`.
-        """
-        if time.monotonic() - self.began > self.LIFETIME:
-            self.clear()
-        known, _ = self.lists.get(key, ({}, 0))
-        rows = read(max((last or 0 for last, _ in known.values()), default=0))
-        if any(messages is None and known.get(id, (None,))[0] != last for id, _, last, messages in rows):
-            rows = read(0)
-        listed = {id: known[id] if new is None else (last, new.encode()) for id, _, last, new in rows}
-        if listed != known:
-            self.put(key, listed)
-        return [(id, name, *listed[id]) for id, name, _, _ in rows]
-
-    def put(self, key, listed):
-        """Keep a list in place of the former, unless it is longer than there is room."""
-        size = sum(self.OVERHEAD + len(messages) for _, messages in listed.values())
-        self.size -= self.lists.pop(key, ({}, 0))[1]
-        if size > self.ROOM:
-            return
-        if self.size + size > self.ROOM:
-            self.clear()
-        self.lists[key] = listed, size
-        self.size += size
-
-
-LISTS = WeakKeyDictionary()  # each engine's ListCache
-
-# Statements are built once: that takes longer than to run them.
-OWN = (Conversation.id == db.bindparam("id")) & (Conversation.user_id == db.bindparam("user"))
-OWNED = db.select(Conversation).where(OWN)
-TALK = db.select(Conversation.id).join(Conversation.user).where(OWN, ALIVE)
-LAST = (
-    db.select(Message.sender, Message.text)
-    .where(Message.conversation_id == db.bindparam("id"), TALK.exists())
-    .order_by(Message.id.desc())
-    .limit(db.bindparam("limit"))
+# These statements are built once, because a send would take ?% longer if it built them.
+TOUCH_CONVERSATION = (
+    update(Conversation.__table__)
+    .where(Conversation.id == bindparam("conversation_id"), Conversation.user_id == bindparam("owner_id"))
+    .values(updated_at=bindparam("now"))
+)
+TOUCH_CONVERSATIONS = (
+    update(Conversation.__table__)
+    .where(Conversation.id == bindparam("conversation_id"))
+    .values(updated_at=bindparam("now"))
+)
+SAVE_REPLY = (
+    update(Message.__table__)
+    .where(Message.id == bindparam("reply_id"), Message.status == "in_progress")
+    .values(
+        text=bindparam("new_text"),
+        status=bindparam("new_status"),
+        heartbeat_at=case((bindparam("new_status") == "in_progress", utcnow())),
+    )
 )
 
 
-def adding():
-    """Build the statement of Conversation.add_pair: one, so that it takes one round trip and no BEGIN and COMMIT.
+RESTART_REPLY = (
+    update(Message.__table__)
+    .where(Message.id == bindparam("reply_id"), Message.status == "failed")
+    .values(text="", status="in_progress", heartbeat_at=utcnow(), stop_requested=False)
+)
 
-    It locks the conversation first: messages have the order of their ids, and the two stay next to each other.
-    """
-    talk = TALK.with_for_update(key_share=True, of=Conversation).cte("talk")
 
-    def given(name, column):
-        return db.bindparam(name, type_=column.type)
-
-    said = given("text", Message.text), given("asked_at", Message.created_at), given("key", Message.idempotency_key)
-    replied = given("reply", Message.text), given("replied_at", Message.created_at), db.null()
-    halves = (
-        db.select(talk.c.id, db.literal_column("'user'"), *said),
-        db.select(talk.c.id, db.literal_column("'bot'"), *replied),
+def insert_exchange():
+    """Return the statement that inserts a user's message and an empty reply, and returns the two ids."""
+    both = [
+        bindparam("conversation_id", type_=Message.conversation_id.type),
+        bindparam("now", type_=Message.created_at.type),
+        bindparam("replaces_id", type_=Message.replaces_id.type),
+    ]
+    question = select(
+        *both,
+        literal("user"),
+        bindparam("new_text", type_=Message.text.type),
+        literal("complete"),
+        bindparam("key", type_=Message.idempotency_key.type),
+        null(),
     )
-    columns = ["conversation_id", "sender", "text", "created_at", "idempotency_key"]
-    insert = Message.__table__.insert().from_select(columns, db.union_all(*halves))
-    return insert.returning(Message.id, Message.json).execution_options(alone=True)
+    reply = select(*both, literal("bot"), literal(""), literal("in_progress"), null(), utcnow())
+    columns = ["conversation_id", "created_at", "replaces_id", "sender", "text", "status", "idempotency_key"]
+    rows = union_all(question, reply)
+    insertion = insert(Message.__table__).from_select([*columns, "heartbeat_at"], rows, include_defaults=False)
+    return insertion.returning(Message.id)
 
 
-ADD_PAIR = adding()
+def select_history():
+    """Return the query of (sender, text) of the messages before one: as many of the last as there is room for."""
+    recent = (
+        select(Message.id, Message.sender, Message.text)
+        .where(
+            Message.conversation_id == bindparam("conversation_id"),
+            Message.id < bindparam("before_id"),
+            Message.replaces_id.is_(None),
+            Message.text != "",
+        )
+        .order_by(Message.id.desc())
+        .limit(MAX_HISTORY_MESSAGES)
+        .subquery()
+    )
+    chars = func.sum(func.length(recent.c.text)).over(order_by=recent.c.id.desc())
+    sized = select(recent, chars.label("chars")).subquery()
+    query = select(sized.c.sender, sized.c.text).where(sized.c.chars <= bindparam("max_chars"))
+    return query.order_by(sized.c.id)
 
 
-@cache
-def listing(only, limit, before, messages):
-    """Build the statement of Conversation.listed, with these parameters or without."""
-    of_talk = Message.conversation_id == Conversation.id
-    last = db.select(db.func.max(Message.id)).where(of_talk).scalar_subquery()
-    shown = Message.stretch(Conversation.id, db.bindparam("messages") if messages else None).subquery()
-    texts = db.case((last <= db.bindparam("since"), None), else_=db.select(json_array(shown.c.json)).scalar_subquery())
-    query = db.select(Conversation.id, Conversation.name, last, texts)
-    query = query.where(Conversation.user_id == db.bindparam("user"))
-    if only:
-        query = query.where(Conversation.id == db.bindparam("only"))
-    if before:
-        query = query.where(Conversation.id < db.bindparam("before"))
-    if limit:
-        return query.order_by(Conversation.id.desc()).limit(db.bindparam("limit"))
-    return query.order_by(Conversation.id)
+INSERT_EXCHANGE = insert_exchange()
+SELECT_HISTORY = select_history()
+
+
+def touch(conversation_id, user_id):
+    """Lock the user's conversation and record that its messages change; return False if there is none."""
+    values = {"conversation_id": conversation_id, "owner_id": user_id, "now": datetime.now(UTC)}
+    return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
+
+
+@dataclass
+class Exchange:
+    """A user's message and the bot's reply to it, both as the API shows them.
+
+    `history` is what the bot is given, the new message last, if this process is to generate the reply; else None.
+    """
+
+    conversation_id: int
+    user_id: int
+    question: dict
+    reply: dict
+    history: list | None = None
+    replaces_id: int | None = None  # the message that an edit replaces, until apply_edit()
+    failed_text: str | None = None  # the reply's text before it was retried
+
+    @classmethod
+    def get(cls, user_id, message):
+        """Return the exchange that a message of the user's conversation belongs to, or None if it has no reply."""
+        is_question = message.sender == "user"
+        question, reply = (message, message.get_reply()) if is_question else (message.get_question(), message)
+        if not (question and reply):
+            return None
+        fields = question.to_dict()
+        if reply.replaces_id:
+            fields["text"] = Message.get_pending_edit(message.conversation_id, "user").text
+        return cls(message.conversation_id, user_id, fields, reply.to_dict(), replaces_id=reply.replaces_id)
+
+    @classmethod
+    def get_by_key(cls, conversation_id, user_id, key):
+        """Return the exchange of an idempotency key in the user's conversation, or None."""
+        message = db.session.scalar(
+            select(Message)
+            .join(Message.conversation)
+            .where(
+                Message.conversation_id == conversation_id,
+                Message.idempotency_key == key,
+                Conversation.user_id == user_id,
+            )
+        )
+        return message and cls.get(user_id, message)
+
+    @classmethod
+    def add(cls, conversation_id, user_id, text, max_history_chars, key=None):
+        """Add a user's message and an empty reply; return None if the user has no such conversation.
+
+        If a message with this idempotency key exists, return its exchange: to be generated again if the reply failed.
+        """
+        if key and (existing := cls.get_by_key(conversation_id, user_id, key)):
+            return existing.retry(text, max_history_chars)
+        if not touch(conversation_id, user_id):
+            return None
+        try:
+            exchange = cls.insert(conversation_id, user_id, text, key=key)
+        except IntegrityError:  # another request with this key was faster
+            db.session.rollback()
+            return cls.get_by_key(conversation_id, user_id, key)
+        return exchange.with_history(text, max_history_chars)
+
+    @classmethod
+    def edit(cls, question, user_id, text, max_history_chars):
+        """Add an exchange that replaces a message of the user once the reply begins; call touch() before."""
+        exchange = cls.insert(question.conversation_id, user_id, text, replaces_id=question.id)
+        exchange.question = {**question.to_dict(), "text": text}
+        return exchange.with_history(text, max_history_chars)
+
+    @classmethod
+    def insert(cls, conversation_id, user_id, text, key=None, replaces_id=None):
+        """Insert the two messages of an exchange. Raises IntegrityError if the key exists."""
+        now = datetime.now(UTC)
+        values = {"conversation_id": conversation_id, "now": now, "new_text": text, "key": key}
+        ids = db.session.scalars(INSERT_EXCHANGE, {**values, "replaces_id": replaces_id})
+        question_id, reply_id = sorted(ids)
+        return cls(
+            conversation_id,
+            user_id,
+            question=message_to_dict(question_id, "user", text, now),
+            reply=message_to_dict(reply_id, "bot", "", now, "in_progress"),
+            replaces_id=replaces_id,
+        )
+
+    def retry(self, text, max_history_chars):
+        """Restart a failed reply if the text is the same as before; return this exchange."""
+        if self.reply.get("status") != "failed" or text != self.question["text"]:
+            return self
+        touch(self.conversation_id, self.user_id)
+        if db.session.execute(RESTART_REPLY, {"reply_id": self.reply["id"]}).rowcount == 0:
+            return self  # another request with the same key was faster
+        self.failed_text = self.reply["text"]
+        self.reply.update(text="", status="in_progress")
+        return self.with_history(text, max_history_chars)
+
+    def with_history(self, text, max_history_chars):
+        """Read the history that the bot is given; return this exchange."""
+        rows = db.session.execute(
+            SELECT_HISTORY,
+            {
+                "conversation_id": self.conversation_id,
+                "before_id": self.question["id"],
+                "max_chars": max_history_chars - len(text),
+            },
+        )
+        self.history = [*rows, ("user", text)]
+        return self
+
+    def apply_edit(self):
+        """Replace the edited message, and drop what came after it, now that the reply begins; commit.
+
+        Returns False if the exchange has been deleted.
+        """
+        touch(self.conversation_id, self.user_id)
+        reply_id, question_id, self.replaces_id = self.reply["id"], self.replaces_id, None
+        shown = update(Message).where(Message.id == reply_id).values(replaces_id=None)
+        if db.session.execute(shown).rowcount == 0:
+            return False
+        in_between = (Message.id > question_id) & (Message.id < reply_id)
+        db.session.execute(delete(Message).where(Message.conversation_id == self.conversation_id, in_between))
+        edited = update(Message).where(Message.id == question_id).values(text=self.question["text"])
+        db.session.execute(edited)
+        db.session.commit()
+        return True
+
+    def discard(self):
+        """Undo what the request stored, because the bot failed before its first chunk; commit."""
+        touch(self.conversation_id, self.user_id)
+        reply_id = self.reply["id"]
+        if self.failed_text is not None:
+            save_replies([(self.conversation_id, reply_id, self.failed_text, "failed")])
+            return
+        in_exchange = Message.replaces_id == self.replaces_id if self.replaces_id else Message.id == self.question["id"]
+        db.session.execute(
+            delete(Message).where(
+                Message.conversation_id == self.conversation_id, (Message.id == reply_id) | in_exchange
+            )
+        )
+        db.session.commit()
+
+
+def save_replies(rows):
+    """Store replies in progress, each a (conversation_id, id, text, status); commit.
+
+    Returns the ids of those that no longer are in progress in the database: deleted, or taken for abandoned.
+    """
+    now = datetime.now(UTC)
+    # All writers lock in the same order: conversations by id, then their messages.
+    conversation_ids = sorted({conversation_id for conversation_id, *_ in rows})
+    db.session.execute(TOUCH_CONVERSATIONS, [{"conversation_id": id, "now": now} for id in conversation_ids])
+    values = [{"reply_id": id, "new_text": text, "new_status": status} for _, id, text, status in sorted(rows)]
+    lost = set()
+    if db.session.execute(SAVE_REPLY, values).rowcount != len(values):
+        saved = select(Message.id).where(tuple_(Message.id, Message.status).in_([(row[1], row[3]) for row in rows]))
+        lost = {row[1] for row in rows} - set(db.session.scalars(saved))
+    db.session.commit()
+    return lost
+
+
+def save_heartbeats(ids):
+    """Record that replies in progress are being generated, though there is nothing new of them; commit."""
+    in_progress = (Message.id.in_(ids)) & (Message.status == "in_progress")
+    db.session.execute(update(Message).where(in_progress).values(heartbeat_at=utcnow()))
+    db.session.commit()
+
+
+def list_in_progress():
+    """Return {id: whether it is to stop} of all replies in progress, those of other processes included."""
+    with autocommit(db.engine).connect() as connection:
+        query = select(Message.id, Message.stop_requested).where(Message.status == "in_progress")
+        return dict(connection.execute(query).all())
+
+
+def fail_abandoned():
+    """End the replies whose process was killed. An edit that was not applied yet is deleted."""
+    messages = Message.__table__
+    abandoned = (messages.c.status == "in_progress") & (messages.c.heartbeat_at < utcnow(-HEARTBEAT_TIMEOUT))
+    with autocommit(db.engine).connect() as connection:
+        rows = connection.execute(select(messages).where(abandoned)).all()
+    if not rows:
+        return
+    now = datetime.now(UTC)
+    conversation_ids = sorted({row.conversation_id for row in rows})
+    edited_ids = [row.replaces_id for row in rows if row.replaces_id]
+    with db.engine.begin() as connection:
+        connection.execute(TOUCH_CONVERSATIONS, [{"conversation_id": id, "now": now} for id in conversation_ids])
+        connection.execute(delete(messages).where(messages.c.replaces_id.in_(edited_ids)))
+        connection.execute(update(messages).where(abandoned).values(status="failed", heartbeat_at=None))

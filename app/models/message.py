@@ -1,69 +1,159 @@
-"""One half of a turn: who said what, when."""
+"""Messages and the queries that read them."""
 
 from __future__ import annotations
 
-from datetime import datetime
+import unicodedata
+from bisect import bisect_left, bisect_right
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text
+from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, select
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.sql import json_object, utc_text, where
+from app.database import fold_case, format_timestamp, iso8601, json_object, partial_index
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
 
+SNIPPET_CONTEXT = 60  # characters before and after the match of a search
+HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in progress has failed
+
+# The status of a message, and who may change it. A user's message is always complete.
+#
+#   from          to            by
+#   -             in_progress   Exchange.add() and Exchange.edit(): a process begins to generate the reply
+#   in_progress   complete      the same process: the bot has finished
+#   in_progress   truncated     the same process: the reply was cut at a limit
+#   in_progress   stopped       the same process: a user asked for it, see stop_requested
+#   in_progress   failed        the same process: the bot failed after its first chunk, or the server ends
+#   in_progress   (deleted)     the same process: the bot failed before its first chunk
+#   in_progress   failed        any process: there was no heartbeat for HEARTBEAT_TIMEOUT
+#   failed        in_progress   Exchange.retry(): the request was repeated with its Idempotency-Key
+STATUSES = ("complete", "in_progress", "stopped", "failed", "truncated")
+
 
 class Message(db.Model):
-    """What the user or the bot said in a conversation. It never changes, which Conversation.listed relies on."""
+    """A message of the user or of the bot."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
     sender: Mapped[str] = mapped_column(String(4))
     text: Mapped[str] = mapped_column(Text)
     conversation_id: Mapped[int] = mapped_column(ForeignKey("conversation.id", ondelete="CASCADE"))
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
+    status: Mapped[str] = mapped_column(String(11), default="complete", server_default="complete")
+    heartbeat_at: Mapped[datetime | None]  # by the database's clock
+    stop_requested: Mapped[bool] = mapped_column(default=False, server_default=false())
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    # An edit adds a new exchange. It replaces this message, and all between the two, when the reply gets its first
+    # chunk; until then, lists and histories leave the new exchange out.
+    replaces_id: Mapped[int | None] = mapped_column(ForeignKey("message.id", ondelete="CASCADE"))
 
     conversation: Mapped[Conversation] = relationship(back_populates="messages")
 
     __table_args__ = (
         CheckConstraint("sender IN ('user', 'bot')", name="sender"),
+        CheckConstraint(f"status IN {STATUSES}", name="status"),
+        CheckConstraint("sender = 'bot' OR status = 'complete'", name="user_status"),
+        CheckConstraint("(status = 'in_progress') = (heartbeat_at IS NOT NULL)", name="heartbeat"),
         Index(None, "conversation_id", "id"),
-        Index(None, "conversation_id", "idempotency_key", unique=True, **where("idempotency_key IS NOT NULL")),
+        Index(None, "conversation_id", "idempotency_key", unique=True, **partial_index("idempotency_key IS NOT NULL")),
+        Index(None, "conversation_id", "sender", unique=True, **partial_index("replaces_id IS NOT NULL")),
+        Index(None, "replaces_id", **partial_index("replaces_id IS NOT NULL")),
+        Index(None, "heartbeat_at", **partial_index("status = 'in_progress'")),
         {"sqlite_autoincrement": True},
     )
 
     @classmethod
-    def stretch(cls, conversation_id, limit=None, before=None):
-        """Select id and wire format (`json`) of a conversation's messages, oldest first.
+    def json(cls):
+        """Return the SQL expression of a message as the API shows it: with its status unless that is complete."""
+        items = {"id": cls.id, "sender": cls.sender, "text": cls.text, "created_at": iso8601(cls.created_at)}
+        return case((cls.status == "complete", json_object(**items)), else_=json_object(**items, status=cls.status))
 
-        With a `limit`, just so many, the newest; of ids below `before`.
+    @classmethod
+    def select_page(cls, conversation_id, limit=None, before=None):
+        """Select the id and the `json` of a conversation's messages, oldest first.
+
+        With a limit these are the newest messages, of ids below `before`.
         """
-        query = db.select(cls.id, cls.json.label("json")).where(cls.conversation_id == conversation_id)
+        query = select(cls.id, cls.json().label("json")).where(
+            cls.conversation_id == conversation_id, cls.replaces_id.is_(None)
+        )
         query = query.correlate_except(cls)  # conversation_id may be a column of an outer query
         if before is not None:
             query = query.where(cls.id < before)
         if limit is None:
             return query.order_by(cls.id)
         newest = query.order_by(cls.id.desc()).limit(limit).subquery()
-        return db.select(newest.c.id, newest.c.json).order_by(newest.c.id)
+        return select(newest.c.id, newest.c.json).order_by(newest.c.id)
 
     @classmethod
-    def pair_of(cls, conversation_id, key):
-        """Return what Conversation.add_pair stored under a key: the user's text, both in the wire format; or None."""
-        in_talk = cls.conversation_id == conversation_id
-        first = db.select(cls.id).where(in_talk, cls.idempotency_key == key).scalar_subquery()
-        pair = db.session.execute(
-            db.select(cls.text, cls.json).where(in_talk, cls.id >= first).order_by(cls.id).limit(2)
-        ).all()
-        return (pair[0].text, [json for _, json in pair]) if pair else None
+    def get(cls, conversation_id, id):
+        """Return a message of a conversation, or None. The user's message of a pending edit has no id of its own."""
+        return db.session.scalar(
+            select(cls).where(
+                cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
+            )
+        )
+
+    @classmethod
+    def get_pending_edit(cls, conversation_id, sender):
+        """Return the message of a sender in the conversation's pending edit, or None."""
+        return db.session.scalar(
+            select(cls).where(
+                cls.conversation_id == conversation_id, cls.sender == sender, cls.replaces_id.is_not(None)
+            )
+        )
+
+    def get_reply(self):
+        """Return the bot's reply to this message of the user: that of a pending edit, if there is one."""
+        pending = Message.get_pending_edit(self.conversation_id, "bot")
+        if pending and pending.replaces_id == self.id:
+            return pending
+        return db.session.scalar(
+            self.select_visible("bot").where(Message.id > self.id).order_by(Message.id).limit(1)
+        )
+
+    def get_question(self):
+        """Return the user's message that this message of the bot replies to."""
+        if self.replaces_id:
+            return db.session.get(Message, self.replaces_id)
+        return db.session.scalar(
+            self.select_visible("user").where(Message.id < self.id).order_by(Message.id.desc()).limit(1)
+        )
+
+    def select_visible(self, sender):
+        """Select the messages of a sender in the same conversation, without those of a pending edit."""
+        return select(Message).where(
+            Message.conversation_id == self.conversation_id, Message.sender == sender, Message.replaces_id.is_(None)
+        )
+
+    def get_match(self, q):
+        """Return {"snippet", "match"} of a search: some text around the match, and its position there in characters."""
+        text = unicodedata.normalize("NFC", self.text)
+        start, end = find_text(text, fold_case(q))
+        first = max(0, start - SNIPPET_CONTEXT)
+        snippet = text[first : end + SNIPPET_CONTEXT]
+        return {"snippet": snippet, "match": {"start": start - first, "end": end - first}}
+
+    def to_dict(self):
+        """Return the message as the API shows it."""
+        return message_to_dict(self.id, self.sender, self.text, self.created_at, self.status)
 
 
-Message.json = json_object(
-    id=Message.id,
-    sender=Message.sender,
-    text=Message.text,
-    created_at=utc_text(Message.created_at),
-)
-"""A message in the wire format, as the database writes it."""
+def message_to_dict(id, sender, text, created_at, status="complete"):
+    """Return a message as the API shows it: with its status unless that is complete."""
+    message = {"id": id, "sender": sender, "text": text, "created_at": format_timestamp(created_at)}
+    return message if status == "complete" else {**message, "status": status}
+
+
+def find_text(text, folded):
+    """Return where a text that was found by contains() begins and ends in a text in NFC, in characters."""
+    start = fold_case(text).index(folded)
+    end = start + len(folded)
+    if len(fold_case(text)) == len(text):
+        return start, end
+    # Folding lengthens some letters: find the first prefixes that are long enough once they are folded.
+    prefix_lengths = range(len(text) + 1)
+    start = bisect_right(prefix_lengths, start, key=lambda length: len(fold_case(text[:length]))) - 1
+    return start, bisect_left(prefix_lengths, end, key=lambda length: len(fold_case(text[:length])))

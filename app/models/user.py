@@ -1,165 +1,137 @@
-"""Who someone is: password, sessions, presence."""
+"""Users and their sessions."""
 
 from __future__ import annotations
 
-import re
-import sys
-from datetime import UTC, datetime, timedelta
+import secrets
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from flask_login import UserMixin
-from sqlalchemy import Computed, String
+from sqlalchemy import String, case, delete, event, func, select, update
 from sqlalchemy.orm import Mapped, mapped_column, relationship
-from werkzeug.security import check_password_hash, generate_password_hash
+from sqlalchemy.orm.attributes import set_committed_value
 
 from app import db
-from app.sql import MAX_ID, json_array, json_object, utc_text
+from app.database import MAX_ID, iso8601, json_array, json_object
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-TICK = timedelta(microseconds=1)
-
 
 class User(UserMixin, db.Model):
-    """A person with a name and a password."""
+    """A user with a name and a password."""
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    user_id: Mapped[int] = mapped_column(Computed("id", persisted=True), unique=True)
+    user_id: Mapped[int | None] = mapped_column(unique=True)  # equals id, see set_user_id()
     username: Mapped[str] = mapped_column(String(80), unique=True)
     password_hash: Mapped[str] = mapped_column(String(255))
     is_logged_in: Mapped[bool] = mapped_column(default=False)
     last_login: Mapped[datetime | None]
     last_logout: Mapped[datetime | None]
+    session_token: Mapped[str | None] = mapped_column(String(43), unique=True)
 
     conversations: Mapped[list[Conversation]] = relationship(back_populates="user", passive_deletes=True)
 
     __table_args__ = {"sqlite_autoincrement": True}
 
-    moment = None  # when the session at hand was opened: the login that the cookie came from
+    @classmethod
+    def get_by_username(cls, username):
+        """Return the user of a name, or None."""
+        return db.session.scalar(select(cls).filter_by(username=username))
 
     @classmethod
-    def named(cls, username):
-        """Return the user of that name, or None."""
-        return db.session.scalar(NAMED, {"username": username})
+    def get_by_session_token(cls, session_token, valid_from):
+        """Return the user whose session has a token, or None; sessions opened before `valid_from` have ended."""
+        return db.session.scalar(select(cls).where(cls.session_token == session_token, cls.is_online(valid_from)))
 
     @classmethod
-    def locked(cls, user_id):
-        """Return the user as the row is now, and keep others from changing it until the transaction ends."""
-        return db.session.scalar(LOCKED, {"user": user_id})
+    def is_online(cls, valid_from):
+        """Return the SQL condition that a user is logged in, not counting sessions opened before `valid_from`."""
+        return cls.is_logged_in & (cls.last_login >= valid_from)
 
     @classmethod
-    def claimed(cls, token, valid_from):
-        """Return the session that a token (see get_id) names; None if it names none that can be alive.
+    def list_status(cls, valid_from=datetime.min.replace(tzinfo=UTC), after=0, limit=MAX_ID):
+        """Return the status of at most `limit` users above the id `after`, as the text of a JSON array.
 
-        It is what ALIVE has to be told: {"user": the user's id, "moment": when it was opened}.
+        And the id of the last of them, or None if there are no more users.
         """
-        parts = re.fullmatch(r"([0-9]{1,18})\.([0-9]{1,17})", str(token))
-        moment = parts and EPOCH + int(parts[2]) * TICK
-        return {"user": int(parts[1]), "moment": moment} if parts and moment >= valid_from else None
+        page = (
+            select(cls.id, cls.status_json(valid_from).label("json"))
+            .where(cls.id > after)
+            .order_by(cls.id)
+            .limit(limit)
+            .subquery()
+        )
+        newest = select(func.max(cls.id)).scalar_subquery()
+        users, last_id, newest_id = db.session.execute(
+            select(json_array(page.c.json), func.max(page.c.id), newest)
+        ).one()
+        return users, last_id if last_id != newest_id else None
 
     @classmethod
-    def of_session(cls, claim):
-        """Return the user whose session this is (see claimed), if it is alive, or None."""
-        return cls._of_session(OF_SESSION, claim)
-
-    @classmethod
-    def _of_session(cls, statement, claim):
-        user = db.session.scalar(statement, claim)
-        if user:
-            user.moment = claim["moment"]
-        return user
-
-    @classmethod
-    def statuses(cls, valid_from, limit=MAX_ID, after=0):
-        """Return at most `limit` users above `after` with their presence, oldest first, as one JSON text.
-
-        And the user_id of the last of them, if there are more.
-        """
-        given = {"valid_from": valid_from, "limit": limit, "after": after}
-        with db.engine.connect() as connection:
-            users, last, newest = connection.execute(STATUSES, given).one()
-        return users, last if last != newest else None
-
-    def still_here(self):
-        """Return this user, locked as by `locked`, or None if the session at hand has ended meanwhile."""
-        return self._of_session(LOCKED_OF_SESSION, {"user": self.id, "moment": self.moment})
+    def status_json(cls, valid_from):
+        """Return the SQL expression of a user's status as JSON."""
+        return json_object(
+            user_id=cls.user_id,
+            username=cls.username,
+            status=case((cls.is_online(valid_from), "Online"), else_="Offline"),
+            last_login=iso8601(cls.last_login),
+            last_logout=iso8601(cls.last_logout),
+        )
 
     def get_id(self):
-        """Name the session at hand: what the cookie carries."""
-        return f"{self.id}.{(self.moment - EPOCH) // TICK}"
+        """Return the session token: Flask-Login's alternative id, which the cookie carries."""
+        return self.session_token
 
-    def log_in(self, valid_from):
-        """Open a session; call with the row locked.
+    def log_in(self, valid_from, password_hash=None):
+        """Open a session, or join that of the user's other devices; optionally store the password's hash anew.
 
-        Its moment is later than everything in the row, whatever the servers' clocks say: a cookie
-        that was dead stays dead, and the new one lives.
+        Returns the user as stored, or None if the hash has been changed, or the user deleted, since it was loaded.
         """
-        past = [moment + TICK for moment in (self.last_login, self.last_logout) if moment]
-        self.moment = self.last_login = max(datetime.now(UTC), valid_from, *past)
-        self.is_logged_in = True
+        token = case((User.is_online(valid_from), User.session_token), else_=secrets.token_urlsafe(32))
+        return self.update_if(
+            User.password_hash == self.password_hash,
+            is_logged_in=True,
+            last_login=datetime.now(UTC),
+            session_token=token,
+            password_hash=password_hash or self.password_hash,
+        )
 
     def log_out(self):
-        """End every session of this user; call with the row locked."""
-        past = [moment for moment in (self.last_login, self.last_logout) if moment]
-        self.last_logout = max(datetime.now(UTC), *past)
-        self.is_logged_in = False
+        """End the session on all devices; return None if it has ended already."""
+        return self.update_if(
+            User.session_token == self.session_token,
+            is_logged_in=False,
+            last_logout=datetime.now(UTC),
+            session_token=None,
+        )
 
-    def summary(self):
-        """Return what the API tells a user about themselves."""
+    def change_password(self, password_hash):
+        """Store a new password, and open a new session; return None if the old one has ended already."""
+        return self.update_if(
+            User.session_token == self.session_token,
+            password_hash=password_hash,
+            session_token=secrets.token_urlsafe(32),
+        )
+
+    def update_if(self, *conditions, **values):
+        """Change the user's row if the conditions hold for it; return the user as stored, else None."""
+        statement = update(User).where(User.id == self.id, *conditions).values(**values).returning(User)
+        return db.session.scalar(statement, execution_options={"populate_existing": True})
+
+    def delete(self):
+        """Delete the user with all conversations; return False if the session has ended."""
+        statement = delete(User).where(User.id == self.id, User.session_token == self.session_token)
+        return db.session.execute(statement).rowcount == 1
+
+    def to_dict(self):
+        """Return what the API shows users of themselves."""
         return {"id": self.id, "user_id": self.user_id, "username": self.username}
 
 
-# Statements are built once: that takes longer than to run them.
-OF_ID = db.select(User).where(User.id == db.bindparam("user"))
-LOCKED = OF_ID.with_for_update(key_share=True).execution_options(populate_existing=True)
-ALIVE = User.is_logged_in & (User.last_logout.is_(None) | (User.last_logout < db.bindparam("moment")))
-OF_SESSION, LOCKED_OF_SESSION = OF_ID.where(ALIVE), LOCKED.where(ALIVE)
-NAMED = db.select(User).where(User.username == db.bindparam("username"))
-ONLINE = User.is_logged_in & (User.last_login >= db.bindparam("valid_from"))
-STATUS = json_object(
-    user_id=User.user_id,
-    username=User.username,
-    status=db.case((ONLINE, "Online"), else_="Offline"),
-    last_login=utc_text(User.last_login),
-    last_logout=utc_text(User.last_logout),
-)
-STATUS_PAGE = (
-    db.select(User.user_id, STATUS.label("json"))
-    .where(User.user_id > db.bindparam("after"))
-    .order_by(User.user_id)
-    .limit(db.bindparam("limit"))
-    .subquery()
-)
-STATUSES = db.select(
-    json_array(STATUS_PAGE.c.json),
-    db.func.max(STATUS_PAGE.c.user_id),
-    db.select(db.func.max(User.user_id)).scalar_subquery(),
-)
-
-
-def hash_password(password, method):
-    """Return a hash to store, by one of werkzeug's methods."""
-    return _beside_the_event_loop(generate_password_hash, password, method)
-
-
-def verify_password(user, password, method):
-    """Tell whether this is the user's password. Nobody's (None) is wrong, after as much work."""
-    if user is None:
-        hash_password(password, method)
-        return False
-    try:
-        return _beside_the_event_loop(check_password_hash, user.password_hash, password)
-    except (ValueError, TypeError, OverflowError):  # the hash in the database is unreadable
-        return False
-
-
-def _beside_the_event_loop(function, *args):
-    """Call in a real thread where gevent serves many clients in this one: a hash takes a third of a second."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return function(*args)
-    from gevent import get_hub
-
-    return get_hub().threadpool.apply(function, args)
+@event.listens_for(User, "after_insert")
+def set_user_id(mapper, connection, user):
+    """Set the user_id of a new user to the id."""
+    table = User.__table__
+    connection.execute(update(table).where(table.c.id == user.id).values(user_id=user.id))
+    set_committed_value(user, "user_id", user.id)

@@ -1,56 +1,71 @@
-"""Who you are: signup, login, logout, who is online, one's own account."""
+"""Users and sessions: sign-up, login, logout, status, password, account."""
 
-import math
-import time
 import unicodedata
 
-import click
-import orjson
-from flask import Blueprint, abort, current_app, g, request, session
+from flask import Blueprint, abort, current_app, g, session
 from flask_login import current_user, login_required, login_user, logout_user
-from limits.errors import StorageError
 from orjson import Fragment
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import TooManyRequests
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
-from app import db, limiter, login_manager
+from app import db, login_manager
 from app.models import User
-from app.models.user import EPOCH, hash_password, verify_password
-from app.routes import PAGE, number_parameter, revalidated, string_field, trouble
-from app.sql import MAX_ID
+from app.responses import conditional_response, hash_version
+from app.security import (
+    client_address,
+    hash_password,
+    is_common_password,
+    needs_rehash,
+    rate_limiter,
+    verify_login,
+)
+from app.validation import get_int_arg, get_string, is_invisible
 
-USERNAME_LENGTH = 80
-PASSWORD_LENGTH = 1024
+MAX_USERNAME_LENGTH = 80
+MAX_PASSWORD_LENGTH = 1024
+MAX_PAGE_SIZE = 100
+COMMON_PASSWORDS_REFUSED_FROM = 8  # a PASSWORD_MIN_LENGTH of as many characters asks for good passwords
 
-bp = Blueprint("auth", __name__, cli_group=None)
+bp = Blueprint("auth", __name__)
 
 
 @login_manager.user_loader
-def session_user(token):
-    """Return the user of the session cookie, or None."""
-    claim = User.claimed(token, valid_from())
-    user = claim and User.of_session(claim)
+def load_user(session_token):
+    """Return the logged-in user of a session token, or None."""
+    user = User.get_by_session_token(session_token, current_app.config["SESSIONS_VALID_FROM"])
     g.user_id = user and user.user_id
     return user
 
 
+@login_manager.unauthorized_handler
+def unauthorized():
+    """Abort with 401."""
+    abort(401)
+
+
 @bp.get("/api/test")
 def test():
-    """Tell that the server is there."""
+    """Return that the server is running."""
     return {"message": "Server is running"}
+
+
+@bp.get("/api/health")
+def health():
+    """Return that the database answers, or 503."""
+    db.session.execute(select(1))
+    return {"status": "ok"}
 
 
 @bp.post("/api/signup")
 def signup():
-    """Make a user."""
-    username = username_field()
-    password = password_field("password", current_app.config["PASSWORD_MIN_LENGTH"])
-    throttle("hit", (current_app.config["SIGNUP_RATE_LIMIT"], "signup", request.remote_addr))
-    taken = User.named(username) is not None
-    db.session.close()  # holds no connection while the hash is made
-    if taken:
+    """Create a user."""
+    username, password = get_username(), get_new_password("password")
+    rate_limiter.record(current_app.config["SIGNUP_RATE_LIMIT"], "signup", client_address())
+    is_taken = User.get_by_username(username) is not None
+    db.session.close()  # holds no connection while the password is hashed
+    if is_taken:
         abort(400, "Username already exists")
-    user = User(username=username, password_hash=hash_password(password, current_app.config["PASSWORD_HASH_METHOD"]))
+    user = User(username=username, password_hash=hash_password(password))
     db.session.add(user)
     try:
         db.session.commit()
@@ -62,52 +77,47 @@ def signup():
 @bp.post("/api/login")
 def login():
     """Open a session."""
-    username, password = username_field(), password_field("password")
-    user = authenticated(username, User.named(username), password) or abort(401, "Invalid username or password")
+    user = log_in(get_username(), get_password("password"))
     open_session(user)
-    return {"message": "Login successful", "user": user.summary()}
+    return {"message": "Login successful", "user": user.to_dict()}
 
 
 @bp.post("/api/logout/<id:user_id>")
 @login_required
 def logout(user_id):
-    """End all sessions of the caller, on every device."""
+    """End the session of the current user on all devices."""
     if user_id != current_user.user_id:
         abort(403, "Cannot logout different user")
-    user = current_user.still_here() or abort(401)
-    user.log_out()
-    db.session.commit()
+    current_user.log_out() or abort(401)
     close_session()
     return {"message": f"User {user_id} logged out successfully"}
 
 
 @bp.get("/api/current_user")
 @login_required
-def me():
-    """Tell whose session this is."""
-    return {"user": current_user.summary()}
+def get_current_user():
+    """Return the current user."""
+    return {"user": current_user.to_dict()}
 
 
 @bp.get("/api/users/status")
-def users_status():
+def list_users_status():
     """List who is online."""
-    limit = number_parameter("limit", 1, PAGE)
-    after = number_parameter("after", 0, MAX_ID)
+    limit, after = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("after", minimum=0)
     if after is not None and not limit:
-        abort(400, "after goes with limit")
-    users, last = User.statuses(valid_from(), limit or MAX_ID, after or 0)
-    following = {"after": last} if last else {}
-    return revalidated({"users": Fragment(users)}, **following)
+        abort(400, "after requires limit")
+    page = {"limit": limit, "after": after or 0} if limit else {}
+    users, last_id = User.list_status(current_app.config["SESSIONS_VALID_FROM"], **page)
+    return conditional_response({"users": Fragment(users)}, hash_version(users), last_id and {"after": last_id})
 
 
 @bp.put("/api/password")
 @login_required
 def change_password():
-    """Give the caller a new password: every other session ends, this one goes on."""
-    current = password_field("current_password")
-    new = password_field("new_password", current_app.config["PASSWORD_MIN_LENGTH"])
-    user = still_authenticated(current, new)
-    user.log_out()
+    """Change the password of the current user, and end the session on all other devices."""
+    current_password, new_password = get_password("current_password"), get_new_password("new_password")
+    user = reauthenticate(current_password)
+    user = user.change_password(hash_password(new_password)) or abort(401)
     open_session(user)
     return {"message": "Password changed successfully"}
 
@@ -115,94 +125,63 @@ def change_password():
 @bp.delete("/api/account")
 @login_required
 def delete_account():
-    """Delete the caller and all that is theirs."""
-    db.session.delete(still_authenticated(password_field("password")))
-    db.session.commit()
+    """Delete the current user with all conversations."""
+    user = reauthenticate(get_password("password"))
+    user.delete() or abort(401)
     close_session()
     return "", 204
 
 
-@bp.cli.command("users")
-def list_users():
-    """List the users and who is online, which here is who logged in and not out since.
-
-    The moment since which sessions count is the server's, and this is another process.
-    """
-    try:
-        users, _ = User.statuses(EPOCH)
-    except SQLAlchemyError as error:
-        raise click.ClickException(trouble(error)) from None
-    for user in orjson.loads(users):
-        click.echo(
-            f"{user['user_id']:>6}  {user['status']:<7}  {user['last_login'] or 'never':<27}  {user['username']}"
-        )
-
-
-def valid_from():
-    """Return the moment before which no session counts."""
-    return current_app.config["SESSIONS_VALID_FROM"]
-
-
-def claimed_session():
-    """Return the session that the cookie names (see User.claimed) for a statement to confirm; or abort with 401."""
-    return User.claimed(session.get("_user_id"), valid_from()) or abort(401)
-
-
-def username_field():
-    """Return the body's username as names are compared, in NFKC; or abort with 400."""
-    username = unicodedata.normalize("NFKC", string_field("username", 1, USERNAME_LENGTH))
-    if len(username) > USERNAME_LENGTH:
-        abort(400, f"username must be 1 to {USERNAME_LENGTH} characters long after NFKC")
-    if username != username.strip() or any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in username):
-        abort(400, "username must not begin or end with a blank or contain control characters")
+def get_username():
+    """Return the username of the body in NFKC; abort with 400 if it is invalid."""
+    username = unicodedata.normalize("NFKC", get_string("username", MAX_USERNAME_LENGTH))
+    if len(username) > MAX_USERNAME_LENGTH:
+        abort(400, f"username must be 1 to {MAX_USERNAME_LENGTH} characters long after NFKC")
+    if username != username.strip() or any(is_invisible(character) for character in username if character != " "):
+        abort(400, "username must not begin or end with a space or contain invisible characters")
     return username
 
 
-def password_field(name, shortest=1):
-    """Return a password of the body, to the byte; or abort with 400."""
-    return string_field(name, shortest, PASSWORD_LENGTH)
+def get_password(name):
+    """Return a password of the body; abort with 400 if it is none."""
+    return get_string(name, MAX_PASSWORD_LENGTH)
 
 
-def authenticated(username, known, password, new_password=None):
-    """Return the user `known` by that username with the row locked if the password is right, else None.
+def get_new_password(name):
+    """Return a password of the body; abort with 400 if it does not meet the requirements for new ones."""
+    min_length = current_app.config["PASSWORD_MIN_LENGTH"]
+    password = get_string(name, MAX_PASSWORD_LENGTH, min_length)
+    if min_length >= COMMON_PASSWORDS_REFUSED_FROM and is_common_password(password):
+        abort(400, f"{name} is too common")
+    return password
 
-    Nobody (None) costs as much time as a wrong password. Throttled. The hash is renewed for a new password, or
-    if it is of another cost than the setting.
-    """
-    limit = current_app.config["LOGIN_RATE_LIMIT"]
-    wider = type(limit)(limit.amount * 10, limit.multiples)
-    limits = (limit, "login", request.remote_addr, username), (wider, "login", request.remote_addr)
-    method = current_app.config["PASSWORD_HASH_METHOD"]
 
-    throttle("test", *limits)
-    db.session.close()  # holds no connection while hashes are made
-    if not verify_password(known, password, method):
-        throttle("hit", *limits)
-        return None
-    throttle("test", *limits)  # of many guesses at once, none is answered once the limit is reached
-    renewed = None
-    if new_password or not known.password_hash.startswith(f"{method}$"):
-        renewed = hash_password(new_password or password, method)
-    user = User.locked(known.id)
-    if user is None:
-        return None
-    if user.password_hash != known.password_hash:  # another request was faster
-        return authenticated(username, user, password, new_password)
-    user.password_hash = renewed or user.password_hash
+def log_in(username, password):
+    """Return the user with a session if the password is right, else abort with 401."""
+    user = User.get_by_username(username)
+    if not authenticate(username, user, password):
+        abort(401, "Invalid username or password")
+    new_hash = hash_password(password) if needs_rehash(user.password_hash) else None
+    logged_in = user.log_in(current_app.config["SESSIONS_VALID_FROM"], new_hash)
+    return logged_in or log_in(username, password)  # another request changed the hash just now
+
+
+def authenticate(username, user, password):
+    """Return whether a password is that of the user (None if unknown); abort with 429 after too many attempts."""
+    db.session.close()  # holds no connection while the password is hashed
+    return verify_login(username, user, password)
+
+
+def reauthenticate(password):
+    """Return the current user if the password is right, else abort with 403."""
+    user = current_user._get_current_object()
+    if not authenticate(user.username, user, password):
+        abort(403, "Wrong password")
     return user
 
 
-def still_authenticated(password, new_password=None):
-    """Return the caller as `authenticated` does, or abort: 403 for a wrong password, 401 if the session is over."""
-    caller = current_user._get_current_object()
-    if authenticated(caller.username, caller, password, new_password) is None:
-        abort(403, "Wrong password")
-    return caller.still_here() or abort(401)
-
-
 def open_session(user):
-    """Begin a session of a user whose row is locked: in the database, then in the cookie."""
-    user.log_in(valid_from())
+    """Commit, and give the session of a user to the client."""
     db.session.commit()
     login_user(user)
     session.permanent = True
@@ -210,22 +189,7 @@ def open_session(user):
 
 
 def close_session():
-    """Take the cookie back from the browser; the database has ended the session already."""
+    """Commit, and take the session away from the client."""
+    db.session.commit()
     logout_user()
     session.clear()
-
-
-def throttle(act, *limits):
-    """Abort with 429 if one of `limits`, each (limit, *key), is used up; `act` is "hit" to count this try, else "test".
-
-    With the store away nothing is throttled: people can still log in, and the log says so.
-    """
-    for limit, *key in limits:
-        try:
-            if getattr(limiter.limiter, act)(limit, *key):
-                continue
-            wait = limiter.limiter.get_window_stats(limit, *key).reset_time - time.time()
-        except StorageError as error:
-            current_app.logger.warning("Throttling is off, its store is away: %s", error)
-            return
-        raise TooManyRequests("Too many tries, wait a little", retry_after=max(1, math.ceil(wait)))

@@ -1,315 +1,349 @@
-"""Talk: conversations and their messages."""
+"""Conversations, messages and replies."""
 
-import re
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import chain
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import datetime
+from itertools import chain, islice
 
-import click
-import orjson
-from flask import Blueprint, abort, current_app, g, request
+from flask import Blueprint, abort, current_app, g, request, stream_with_context
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.exceptions import BadGateway, GatewayTimeout, HTTPException, InternalServerError, NotFound
+from werkzeug.exceptions import HTTPException
 
 from app import db
-from app.bot import BotError, BotTimeout, simulated_bot, with_pauses
-from app.models import Conversation, Message, User
-from app.models.user import hash_password
-from app.routes import (
-    PAGE,
-    http_error,
-    number_parameter,
-    revalidated,
-    sentence,
-    string_field,
-    text_parameter,
-    trouble,
-    unavailable,
+from app.bot import BotError
+from app.database import format_timestamp
+from app.errors import error_message, to_http_exception
+from app.models import Conversation, Message
+from app.models.conversation import Exchange, touch
+from app.responses import (
+    conditional_response,
+    event_stream,
+    format_event,
+    hash_version,
+    is_not_modified,
+    not_modified,
 )
-from app.routes.auth import claimed_session
-from app.sql import MAX_ID
+from app.validation import (
+    get_idempotency_key,
+    get_int_arg,
+    get_last_event_id,
+    get_str_arg,
+    get_string,
+    prefers_async,
+    wants_stream,
+)
 
-NAME_LENGTH = 255
-TEXT_LENGTH = 100_000
+MAX_NAME_LENGTH = 255
+MAX_TEXT_LENGTH = 100_000
+MAX_PAGE_SIZE = 100
+DEFAULT_PAGE_SIZE = 50
+LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor")
+MAX_MESSAGES_PER_CONVERSATION = 1000  # in a list of conversations that says how many
 
-MESSAGES = 1000  # at most so many messages in each conversation of a list that says how many
-PAUSE = 15  # seconds of the bot's silence after which a stream shows that it is alive
-DEMO_PASSWORD = "demo password"
-DEMO = {
-    "charles": {
-        "The analytical engine": ["Hello", "Can a machine compose music?", "I think it might"],
-        "Notes": ["Note G is about the Bernoulli numbers"],
-    },
-    "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
-    "barbara": {"A first draft": []},
-}
+bp = Blueprint("chat", __name__)
 
-bp = Blueprint("chat", __name__, cli_group=None)
+
+@bp.before_request
+def fail_abandoned_replies():
+    """End the replies whose process was killed."""
+    current_app.extensions["replies"].fail_abandoned()
 
 
 @bp.get("/api/conversations")
 @login_required
 def list_conversations():
-    """List the caller's conversations with their messages."""
-    limit = number_parameter("limit", 1, PAGE)
-    before = number_parameter("before", 1, MAX_ID)
+    """List the conversations of the current user with their messages."""
+    filters = get_list_args()
+    limit, messages, q = filters["limit"], filters.pop("messages"), filters["q"]
+    # A search depends on conversations that it does not show, too.
+    version = Conversation.get_version(current_user.id, **({} if q else filters))
+    etag = hash_version(version)
+    if is_not_modified(etag):
+        return not_modified(etag)
+    rows = Conversation.list_for_user(current_user.id, messages, **filters)
+    has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
+    body = [conversation_to_dict(row, has_details) for row in rows[: limit and limit - 1]]
+    next_page = get_next_page(rows[limit - 2], filters["recent"]) if limit and len(rows) == limit else None
+    return conditional_response(body, etag, next_page)
+
+
+def get_list_args():
+    """Return the arguments of Conversation.list_for_user() from the query string; abort with 400 if they are invalid.
+
+    The limit is one more than that of the page, so that the list tells whether there is a next page.
+    """
+    limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
+    order, cursor = get_str_arg("order", MAX_NAME_LENGTH), get_cursor()
+    if order not in (None, "recent"):
+        abort(400, "order must be recent")
     if before and not limit:
-        abort(400, "before goes with limit")
-    found = Conversation.listed(
-        current_user,
-        limit=limit and limit + 1,
-        before=before,
-        messages=number_parameter("messages", 0, MESSAGES),
-        q=text_parameter("q", NAME_LENGTH),
-    )
-    if limit is None or len(found) <= limit:
-        return revalidated(found)
-    return revalidated(found[:limit], before=found[limit - 1]["id"])
+        abort(400, "before requires limit")
+    if before and order:
+        abort(400, "order=recent requires cursor instead of before")
+    if cursor and not (limit and order):
+        abort(400, "cursor requires limit and order=recent")
+    return {
+        "limit": limit and limit + 1,
+        "before": before,
+        "recent": order is not None,
+        "cursor": cursor,
+        "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
+        "q": get_str_arg("q", MAX_NAME_LENGTH),
+    }
+
+
+def get_cursor():
+    """Return (updated_at, id) of the query string's cursor, or None; abort with 400 if it is invalid."""
+    cursor = get_str_arg("cursor", MAX_NAME_LENGTH)
+    if cursor is None:
+        return None
+    try:
+        updated_at, id = urlsafe_b64decode(cursor).decode().split()
+        return datetime.fromisoformat(updated_at).astimezone(), int(id)
+    except ValueError:
+        abort(400, "cursor must come from a Link header")
+
+
+def get_next_page(last, is_recent):
+    """Return the query parameters of the page after a conversation."""
+    if not is_recent:
+        return {"before": last.id}
+    return {"cursor": urlsafe_b64encode(f"{last.updated_at.isoformat()} {last.id}".encode()).decode()}
+
+
+def conversation_to_dict(row, has_details):
+    """Return a row of Conversation.list_for_user() as the API shows it."""
+    conversation = Conversation.to_dict(row)
+    if has_details:
+        conversation["created_at"] = format_timestamp(row.created_at)
+        conversation["updated_at"] = format_timestamp(row.updated_at)
+    return {**conversation, "messages": Fragment(row.messages_json)}
 
 
 @bp.post("/api/conversations")
 @login_required
 def create_conversation():
-    """Open a conversation."""
-    conversation = Conversation(name=string_field("name", 1, NAME_LENGTH), user_id=current_user.id)
+    """Create a conversation."""
+    conversation = Conversation(name=get_string("name", MAX_NAME_LENGTH), user_id=current_user.id)
     db.session.add(conversation)
     try:
         db.session.commit()
     except IntegrityError:  # the account was deleted just before
         abort(401)
-    return conversation.summary(), 201
+    return conversation.to_dict(), 201
 
 
 @bp.get("/api/conversations/<id:conversation_id>")
 @login_required
-def show_conversation(conversation_id):
-    """Show one of the caller's conversations with its messages."""
-    messages = number_parameter("messages", 0, MESSAGES)
-    found = Conversation.listed(current_user, only=conversation_id, messages=messages)
-    return revalidated(found[0]) if found else abort(404, "Conversation not found")
+def get_conversation(conversation_id):
+    """Return a conversation with its messages."""
+    messages = get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION)
+    etag = get_conversation_etag(conversation_id)
+    if is_not_modified(etag):
+        return not_modified(etag)
+    rows = Conversation.list_for_user(current_user.id, messages, id=conversation_id)
+    if not rows:  # it was deleted just now
+        abort(404, "Conversation not found")
+    return conditional_response(conversation_to_dict(rows[0], has_details=True), etag)
 
 
-@bp.get("/api/conversations/<id:conversation_id>/messages")
-@login_required
-def list_messages(conversation_id):
-    """List a stretch of one of the caller's conversations, oldest first: its newest messages, or those before one."""
-    limit = number_parameter("limit", 1, PAGE) or 50
-    before = number_parameter("before", 1, MAX_ID)
-    own_conversation(conversation_id)
-    found = db.session.execute(Message.stretch(conversation_id, limit + 1, before)).all()
-    page = found[-limit:]
-    following = {"before": page[0].id} if len(found) > limit else {}
-    return revalidated([Fragment(message.json) for message in page], **following)
+def get_conversation_etag(conversation_id):
+    """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
+    version = Conversation.get_version(current_user.id, id=conversation_id)
+    return hash_version(version) if version else abort(404, "Conversation not found")
 
 
-@bp.put("/api/conversations/<id:conversation_id>")
+@bp.route("/api/conversations/<id:conversation_id>", methods=["PUT", "PATCH"])
 @login_required
 def rename_conversation(conversation_id):
-    """Give one of the caller's conversations a new name."""
-    conversation = own_conversation(conversation_id)
-    conversation.name = string_field("name", 1, NAME_LENGTH)
+    """Rename a conversation."""
+    conversation = get_conversation_or_404(conversation_id)
+    conversation.name = get_string("name", MAX_NAME_LENGTH)
     db.session.commit()
-    return conversation.summary()
+    return conversation.to_dict()
 
 
 @bp.delete("/api/conversations/<id:conversation_id>")
 @login_required
 def delete_conversation(conversation_id):
-    """Delete one of the caller's conversations with all its messages."""
-    db.session.delete(own_conversation(conversation_id))
+    """Delete a conversation with its messages."""
+    db.session.delete(get_conversation_or_404(conversation_id))
     db.session.commit()
     return "", 204
 
 
+def get_conversation_or_404(conversation_id):
+    """Return the current user's conversation; abort with 404 if it is missing or another user's."""
+    return Conversation.get_for_user(conversation_id, current_user.id) or abort(404, "Conversation not found")
+
+
+@bp.get("/api/messages")
+@login_required
+def search_messages():
+    """List the messages of the current user that contain a text, the newest first."""
+    q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
+    limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+    rows = Conversation.search_messages(current_user.id, q, limit + 1, get_int_arg("before"))
+    results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
+    next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
+    return conditional_response(results, hash_version(results), next_page)
+
+
+def search_result_to_dict(message, conversation_name, q):
+    """Return a message that was found as the API shows it: with its conversation and the text around the match."""
+    result = message.to_dict()
+    del result["text"]
+    conversation = {"id": message.conversation_id, "name": conversation_name}
+    return {**result, "conversation": conversation, **message.get_match(q)}
+
+
+@bp.get("/api/conversations/<id:conversation_id>/messages")
+@login_required
+def list_messages(conversation_id):
+    """List messages of a conversation, oldest first: the newest ones, or those before one."""
+    limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+    before = get_int_arg("before")
+    etag = get_conversation_etag(conversation_id)
+    if is_not_modified(etag):
+        return not_modified(etag)
+    rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
+    page = rows[-limit:]
+    next_page = {"before": page[0].id} if len(rows) > limit else None
+    return conditional_response([Fragment(row.json) for row in page], etag, next_page)
+
+
 @bp.post("/api/conversations/<id:conversation_id>/messages")
+@login_required
 def send_message(conversation_id):
-    """Send a message and get the bot's reply: whole, or piece by piece for who accepts text/event-stream."""
-    claim, history = own_history(conversation_id)
-    turn = Turn(
-        claim=claim,
-        conversation_id=conversation_id,
-        text=string_field("text", 1, TEXT_LENGTH),
-        key=idempotency_key(),
-        asked_at=datetime.now(UTC),
-    )
-    streams = request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream"
-    answer = turn.replayed()
-    if answer is None:
-        db.session.close()  # holds no connection while the bot thinks
-        pieces = current_app.extensions["bot"]([*history, ("user", turn.text)])
-        if streams:
-            return stream(turn, pieces)
-        answer = turn.stored("".join(pieces))
-    pair, headers = answer
-    if streams:
-        return event_stream([event("done", pair)], headers)
-    return pair, 201, headers
+    """Send a message and return it with the bot's reply, see respond_with_reply()."""
+    text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
+    max_history_chars = current_app.config["BOT_HISTORY_CHARS"]
+    exchange = Exchange.add(conversation_id, current_user.id, text, max_history_chars, key)
+    if exchange is None:
+        abort(404, "Conversation not found")
+    if exchange.question["text"] != text:
+        abort(409, "Idempotency-Key was used for another text in this conversation")
+    return respond_with_reply(exchange, 201)
 
 
-@bp.cli.command("demo")
-def demo():
-    """Fill the database with a few users and conversations, for a front end to show."""
-    password = hash_password(DEMO_PASSWORD, current_app.config["PASSWORD_HASH_METHOD"])
-    for username, talks in DEMO.items():
-        user = User(username=username, password_hash=password)
-        for name, texts in talks.items():
-            conversation = Conversation(name=name)
-            history = []
-            for text in texts:
-                history.append(("user", text))
-                history.append(("bot", "".join(simulated_bot(history))))
-            now = datetime.now(UTC)
-            conversation.messages = [Message(sender=sender, text=said, created_at=now) for sender, said in history]
-            user.conversations.append(conversation)
-        db.session.add(user)
+@bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
+@login_required
+def edit_message(conversation_id, message_id):
+    """Edit a message of the user, drop what follows it, and return it with the bot's new reply."""
+    text = get_string("text", MAX_TEXT_LENGTH)
+    if not touch(conversation_id, current_user.id):
+        abort(404, "Conversation not found")
+    message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
+    if message.sender == "bot":
+        abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
+    exchange = Exchange.get(current_user.id, message)
+    if exchange and exchange.reply.get("status") == "in_progress":
+        if exchange.question["text"] != text:
+            abort(409, "The reply to this message is in progress: stop it first")
+    elif Message.get_pending_edit(conversation_id, "user"):
+        abort(409, "Another message of this conversation is being edited")
+    else:
+        exchange = Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
+    return respond_with_reply(exchange, 200)
+
+
+@bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
+@login_required
+def get_message(conversation_id, message_id):
+    """Return a message as it is now."""
+    etag = get_conversation_etag(conversation_id)
+    message = get_message_or_404(conversation_id, message_id)
+    return conditional_response(message.to_dict(), etag)
+
+
+@bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>/events")
+@login_required
+def follow_reply(conversation_id, message_id):
+    """Return a reply as server-sent events, from the beginning or from Last-Event-ID."""
+    exchange = get_exchange_or_404(conversation_id, message_id)
+    offset, is_over = get_last_event_id()
+    if is_over:
+        return "", 204
+    return stream_reply(current_app.extensions["replies"].get(exchange), offset)
+
+
+@bp.post("/api/conversations/<id:conversation_id>/messages/<id:message_id>/stop")
+@login_required
+def stop_reply(conversation_id, message_id):
+    """Stop a reply in progress and return it as stored."""
+    exchange = get_exchange_or_404(conversation_id, message_id)
+    replies = current_app.extensions["replies"]
+    reply = replies.get(exchange)
+    replies.stop(exchange)
+    db.session.close()  # holds no connection while another process stops
+    wait_for_reply(reply)
+    return reply.to_list()[1]
+
+
+def get_message_or_404(conversation_id, message_id):
+    """Return a message of the current user's conversation; abort with 404 if either is missing."""
+    get_conversation_or_404(conversation_id)
+    return Message.get(conversation_id, message_id) or abort(404, "Message not found")
+
+
+def get_exchange_or_404(conversation_id, message_id):
+    """Return the exchange of a message of the current user's conversation; abort with 404 if either is missing."""
+    message = get_message_or_404(conversation_id, message_id)
+    return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
+
+
+def respond_with_reply(exchange, status):
+    """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
+
+    Commits. The reply is generated in the background, whatever becomes of this request.
+    """
+    replies = current_app.extensions["replies"]
+    reply = replies.start(exchange, g.request_id) if exchange.history else replies.get(exchange)
+    db.session.close()  # holds no connection while the bot works
+    is_over = exchange.reply.get("status") != "in_progress"
+    headers = {"Idempotent-Replayed": "true"} if is_over else {}
+    if prefers_async() and not is_over:
+        return [exchange.question, exchange.reply], 202, {"Preference-Applied": "respond-async"}
+    if wants_stream():
+        return stream_reply(reply, headers=headers)
+    wait_for_reply(reply)
+    return reply.to_list(), status, headers
+
+
+def wait_for_reply(reply):
+    """Wait until a reply is over and stored. Raises the bot's error if it failed before its first chunk."""
+    for _ in reply.follow():
+        pass
+
+
+def stream_reply(reply, offset=None, headers=()):
+    """Return a reply as server-sent events; with an offset, only the text from that character on.
+
+    The head waits for the first chunk, but not longer than SILENCE_INTERVAL, so that an early failure has a status.
+    """
+    updates = reply.follow(offset or 0)
+    first = list(islice(updates, 1))
+    db.session.close()
+    events = generate_events(reply, chain(first, updates), offset)
+    return event_stream(stream_with_context(events), dict(headers))
+
+
+def generate_events(reply, updates, offset):
+    """Yield the events of a reply. An id has the number of characters so far, and "end" if nothing follows."""
+    if offset is None:
+        offset = 0
+        start = {**reply.exchange.reply, "text": "", "status": "in_progress"}
+        yield format_event("start", [reply.exchange.question, start])
     try:
-        db.session.commit()
-    except IntegrityError:
-        raise click.ClickException("the demo's users exist already") from None
-    except SQLAlchemyError as error:
-        raise click.ClickException(trouble(error)) from None
-    click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
-
-
-@bp.errorhandler(StaleDataError)
-def gone(error):
-    """Answer 404 when a conversation was deleted just before it was changed."""
-    return http_error(NotFound("Conversation not found"))
-
-
-@bp.errorhandler(BotError)
-def bot_error(error):
-    """Answer 502, or 504 when the bot took too long. Nothing was stored, so it is safe to try again."""
-    return http_error(gateway_error(error))
-
-
-def gateway_error(error):
-    """Return the HTTPException that tells people of a BotError; the log has the reason."""
-    current_app.logger.warning("The bot failed: %s", error)
-    if isinstance(error, BotTimeout):
-        return GatewayTimeout("The bot took too long to answer")
-    return BadGateway("The bot failed to answer")
-
-
-def own_conversation(conversation_id):
-    """Return the caller's conversation, or abort with 404, whether it is missing or another's."""
-    return Conversation.owned(conversation_id, current_user) or abort(404, "Conversation not found")
-
-
-def own_history(conversation_id):
-    """Return the caller's session and what the bot is shown of one of their conversations; or abort with 401 or 404.
-
-    One statement confirms the session and reads the history, so that a send needs no @login_required.
-    """
-    claim = claimed_session()
-    history = Conversation.history(conversation_id, claim, current_app.config["BOT_HISTORY"] - 1)
-    if not history:  # the session is over, the conversation is not the caller's, or it is empty
-        current_user.is_authenticated or abort(401)
-        own_conversation(conversation_id)
-    g.user_id = claim["user"]
-    return claim, history
-
-
-def idempotency_key():
-    """Return the request's Idempotency-Key, or None; abort with 400 if it is not what it should be."""
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
-        abort(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-    return key
-
-
-@dataclass
-class Turn:
-    """A message on its way to a reply, and its user's session (see User.claimed), which may end meanwhile."""
-
-    claim: dict
-    conversation_id: int
-    text: str
-    key: str | None
-    asked_at: datetime
-
-    def stored(self, reply):
-        """Store the message and its reply, both or neither; return the pair in the wire format and its headers.
-
-        Aborts with 401 if the session is over by now, with 404 if the conversation is gone. If an equal send was
-        faster, the pair is the one that it has stored.
-        """
-        if not reply.strip():
-            raise BotError("the bot said nothing")
-        try:
-            pair = Conversation.add_pair(self.conversation_id, self.claim, self.text, self.asked_at, reply, self.key)
-        except IntegrityError:  # an equal send was faster
-            return self.replayed() or abort(404, "Conversation not found")
-        if pair is None:
-            abort(404, "Conversation not found") if User.of_session(self.claim) else abort(401)
-        return [Fragment(message) for message in pair], {}
-
-    def replayed(self):
-        """Return the pair and the headers if a send of this key is stored already; abort with 409 for another text."""
-        stored = self.key and Message.pair_of(self.conversation_id, self.key)
-        if not stored:
-            return None
-        text, pair = stored
-        if text != self.text:
-            abort(409, "Idempotency-Key was used for another text in this conversation")
-        return [Fragment(message) for message in pair], {"Idempotent-Replayed": "true"}
-
-
-def stream(turn, pieces):
-    """Answer with server-sent events: the pieces as they come, at last the stored pair.
-
-    A bot that fails before its first piece gets a status of its own. What was said until it breaks off, or until
-    the client goes away, is stored: nobody loses what they have read.
-    """
-    app = current_app._get_current_object()
-    pieces = with_pauses(pieces, PAUSE)
-    first = next(pieces, "")
-    if first == "":
-        raise BotError("the bot said nothing")
-
-    def last_event(said, failure=None):
-        with app.app_context():
-            try:
-                pair, _ = turn.stored("".join(said))
-            except HTTPException as error:
-                failure = failure or error
-            except BotError as error:
-                failure = failure or gateway_error(error)
-            except SQLAlchemyError as error:
-                failure = unavailable(error)
-            return event("error", {"error": sentence(failure)}) if failure else event("done", pair)
-
-    def events():
-        said, failure = [], None
-        try:
-            for piece in chain([first], pieces):
-                said.append(piece or "")
-                yield b": thinking\n\n" if piece is None else event("delta", {"text": piece})
-        except BotError as error:
-            with app.app_context():
-                failure = gateway_error(error)
-        except Exception as error:
-            app.logger.exception("The bot has a bug")
-            failure = InternalServerError(original_exception=error)
-        except BaseException:  # the client went away, or the server stops
-            last_event(said)
-            raise
-        yield last_event(said, failure)
-
-    response = event_stream(events())
-    response.call_on_close(pieces.close)
-    return response
-
-
-def event(name, data):
-    """Return a server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
-
-
-def event_stream(events, headers=()):
-    """Return a response of server-sent events that neither caches nor proxies hold back."""
-    headers = {"X-Accel-Buffering": "no", **dict(headers)}
-    return current_app.response_class(events, mimetype="text/event-stream", headers=headers)
+        for text in updates:
+            offset += len(text or "")
+            yield format_event("delta", {"text": text}, offset) if text else b": the bot is working\n\n"
+        exchange = reply.to_list()
+    except (BotError, HTTPException, SQLAlchemyError) as error:
+        yield format_event("error", {"error": error_message(to_http_exception(error))})
+        return
+    if exchange[1].get("status") == "failed":
+        yield format_event("error", {"error": error_message(to_http_exception(reply.error))}, f"{offset} end")
+    else:
+        yield format_event("done", exchange, f"{offset} end")

@@ -1,0 +1,77 @@
+"""Commands: `flask demo` and `flask users`."""
+
+from datetime import UTC, datetime
+
+import click
+import orjson
+from flask.cli import with_appcontext
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from app import db
+from app.bot import simulated_bot
+from app.errors import database_error_message
+from app.models import Conversation, Message, User
+from app.security import hash_password
+
+DEMO_PASSWORD = "demo password"
+DEMO = {
+    "charles": {
+        "The analytical engine": ["Hello", "Can a machine compose music?", "I think it might"],
+        "Notes": ["Note G is about the Bernoulli numbers"],
+    },
+    "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
+    "barbara": {"A first draft": []},
+}
+DEMO_STATUSES = {"A reply that failed": "failed", "A reply that was stopped": "stopped", "A reply cut short": "truncated"}
+
+
+@click.command()
+@with_appcontext
+def demo():
+    """Add some users and conversations, for a front end to show."""
+    password_hash = hash_password(DEMO_PASSWORD)
+    for username, conversations in DEMO.items():
+        user = User(username=username, password_hash=password_hash)
+        user.conversations = [create_conversation(name, texts) for name, texts in conversations.items()]
+        db.session.add(user)
+    user.conversations += [create_conversation(name, ["Hello"], status) for name, status in DEMO_STATUSES.items()]
+    try:
+        db.session.commit()
+    except IntegrityError:
+        raise click.ClickException("the demo's users exist already") from None
+    except SQLAlchemyError as error:
+        raise to_click_exception(error) from error
+    click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
+
+
+def create_conversation(name, texts, last_status="complete"):
+    """Return a conversation in which a user has sent these texts, with the replies of the simulated bot."""
+    history = []
+    for text in texts:
+        history.append(("user", text))
+        history.append(("bot", "".join(simulated_bot(history))))
+    now = datetime.now(UTC)
+    messages = [Message(sender=sender, text=text, created_at=now) for sender, text in history]
+    if messages:
+        messages[-1].status = last_status
+    return Conversation(name=name, messages=messages)
+
+
+@click.command()
+@with_appcontext
+def users():
+    """List the users, and who has logged in and not out since."""
+    try:
+        rows, _ = User.list_status()
+    except SQLAlchemyError as error:
+        raise to_click_exception(error) from error
+    for user in orjson.loads(rows):
+        last_login = user["last_login"] or "never"
+        click.echo(f"{user['user_id']:>6}  {user['status']:<7}  {last_login:<27}  {user['username']}")
+
+
+def to_click_exception(error):
+    """Return the error message of the command line for a database error; raise the error if it is a bug."""
+    if message := database_error_message(error):
+        return click.ClickException(message)
+    raise error

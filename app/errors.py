@@ -1,0 +1,89 @@
+"""Error handlers: every error is answered as {"error": "<sentence>"}."""
+
+from flask import current_app
+from sqlalchemy import exc
+from sqlalchemy.orm.exc import StaleDataError
+from werkzeug.exceptions import (
+    BadGateway,
+    GatewayTimeout,
+    HTTPException,
+    InternalServerError,
+    NotFound,
+    RequestEntityTooLarge,
+    ServiceUnavailable,
+)
+
+from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
+from app.database import is_missing_table
+
+RETRY_AFTER = 2  # seconds after which to try again when the database is unavailable
+ERROR_MESSAGES = {
+    401: "Login required",
+    404: "Not found",
+    405: "Method not allowed",
+    413: "The body must be at most 1 MiB",
+    500: "Internal server error",
+}
+DATABASE_UNAVAILABLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+
+
+def init_app(app):
+    """Register the error handlers."""
+    app.register_error_handler(HTTPException, http_error_response)
+    app.register_error_handler(exc.SQLAlchemyError, handle_error)
+    app.register_error_handler(BotError, handle_error)
+
+
+def handle_error(error):
+    """Return the response for an exception of the database or the bot."""
+    return http_error_response(to_http_exception(error))
+
+
+def http_error_response(error):
+    """Return {"error": sentence} with the status and the headers (Allow, Retry-After) of an HTTPException."""
+    response = error.get_response()
+    response.data = current_app.json.dumps({"error": error_message(error)})
+    response.mimetype = "application/json"
+    return response
+
+
+def error_message(error):
+    """Return the sentence that clients get for an HTTPException."""
+    default = type(error).description
+    return error.description if error.description != default else ERROR_MESSAGES.get(error.code, default)
+
+
+def to_http_exception(error):
+    """Return the HTTPException that clients get for any exception; for a bug it is a 500, and the log has the cause."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, BotError):
+        return bot_exception(error)
+    if isinstance(error, StaleDataError):  # another request deleted the row just before
+        return NotFound()
+    if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
+        current_app.logger.error("%s (%s)", message, " ".join(str(getattr(error, "orig", error)).split()))
+        return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
+    current_app.logger.error("Exception in a request", exc_info=error)
+    return InternalServerError()
+
+
+def bot_exception(error):
+    """Return the HTTPException that clients get for a BotError."""
+    if isinstance(error, BotTimeout):
+        return GatewayTimeout("The bot took too long to answer")
+    if isinstance(error, BotBusy):
+        return ServiceUnavailable("The bot is busy, try again later", retry_after=error.retry_after)
+    if isinstance(error, BotMessageTooLong):
+        return RequestEntityTooLarge("The message is too long for the bot")
+    return BadGateway("The bot failed to answer")
+
+
+def database_error_message(error):
+    """Return what the log says of a database that is missing, locked, full, or without tables; None for a bug."""
+    if isinstance(error, exc.DBAPIError) and is_missing_table(error):
+        return "The database lacks its tables: run python -m flask db upgrade"
+    # A plain DatabaseError is SQLite's for a file that is not a database.
+    if isinstance(error, DATABASE_UNAVAILABLE) or type(error) is exc.DatabaseError:
+        return "The database is unavailable"
+    return None

@@ -1,0 +1,93 @@
+"""What happens around every request: id, origin check, body limits, headers, request log."""
+
+import logging
+import re
+import secrets
+import time
+from urllib.parse import quote
+
+from flask import abort, current_app, g, request
+from werkzeug.exceptions import HTTPException
+
+from app.database import SAFE_METHODS
+
+CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
+HSTS_MAX_AGE = 31536000  # seconds: a year
+UNLOGGED_ENDPOINTS = ("auth.health",)
+logger = logging.getLogger("app.requests")
+
+
+def init_app(app):
+    """Register the hooks."""
+    app.before_request(before_request)
+    app.after_request(after_request)
+
+
+def before_request():
+    """Give the request an id; admit only a write of an allowed origin whose body is complete."""
+    g.started_at = time.perf_counter()
+    request_id = request.headers.get("X-Request-ID", "")
+    g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
+    if not request.cookies.get("remember_token", "").isascii():  # Flask-Login would raise TypeError
+        abort(400, "The cookie remember_token must be ASCII")
+    if request.method not in SAFE_METHODS:
+        check_origin()
+        read_body()
+
+
+def check_origin():
+    """Abort with 403 if a page of another origin, which CORS_ORIGINS does not list, makes a browser send a write."""
+    origin = request.headers.get("Origin")
+    if origin is None:
+        if request.headers.get("Sec-Fetch-Site") == "cross-site":
+            abort(403, "Origin required for a cross-site request")
+        return
+    own_origin = f"{request.scheme}://{request.headers.get('Host', '')}"
+    if origin.lower() not in (own_origin.lower(), *current_app.config["CORS_ORIGINS"]):
+        abort(403, f"Origin not allowed: add {origin[:255]} to CORS_ORIGINS")
+
+
+def read_body():
+    """Read the whole body before the view runs, so that a slow client holds no database connection.
+
+    Aborts with 413 for a body beyond MAX_CONTENT_LENGTH and with 400 for an incomplete one.
+    """
+    try:
+        size = len(request.get_data())
+        # Werkzeug silently cuts a chunked body at the limit.
+        is_chunked = request.content_length is None
+        is_cut = is_chunked and size == request.max_content_length and request.environ["wsgi.input"].read(1)
+    except HTTPException:
+        raise
+    except Exception as error:  # gunicorn has several kinds for malformed chunks
+        abort(400, f"The body cannot be read: {type(error).__name__}")
+    if is_cut:
+        abort(413)
+    if size < (request.content_length or 0):
+        abort(400, "Incomplete request body")
+
+
+def after_request(response):
+    """Add the headers that every response has, and log the request."""
+    headers = response.headers
+    headers["X-Request-ID"] = g.get("request_id", "-")
+    headers["X-Content-Type-Options"] = "nosniff"
+    headers["Referrer-Policy"] = "no-referrer"
+    headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    headers.setdefault("Cache-Control", "no-store")
+    response.vary.update(["Origin", "Cookie"])
+    if request.is_secure:
+        headers["Strict-Transport-Security"] = f"max-age={HSTS_MAX_AGE}"
+    if request.endpoint not in UNLOGGED_ENDPOINTS:
+        log_request(response)
+    return response
+
+
+def log_request(response):
+    """Log the request in one line: method, path, status, milliseconds, the user's id."""
+    milliseconds = (time.perf_counter() - g.started_at) * 1000
+    user_id = g.get("user_id", "-")
+    logger.info(
+        "%s %s %d %.1f ms user=%s", request.method, quote(request.path), response.status_code, milliseconds, user_id
+    )

@@ -1,0 +1,367 @@
+"""Generating a reply in the background, following it and stopping it."""
+
+import logging
+import math
+import time
+from collections import Counter, deque
+from threading import Condition, Event, Lock, Thread
+
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
+
+from app import db
+from app.bot import BotError, BotTimeout, BotTruncated
+from app.database import autocommit, utcnow
+from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
+from app.models.message import HEARTBEAT_TIMEOUT, Message
+
+MAX_REPLY_CHARS = 100_000
+SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
+POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
+HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
+SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
+STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
+
+
+class Reply:
+    """A reply that this process generates. Any number of threads may follow it."""
+
+    def __init__(self, exchange, request_id):
+        self.exchange = exchange
+        self.id = exchange.reply["id"]
+        self.request_id = request_id
+        self.status = "in_progress"
+        self.error = None  # the exception that ended it
+        self.is_stored = False  # its end is in the database
+        self.is_deleted = False  # there is no reply in the database
+        self.chunks = []
+        self.length = 0
+        self.source = None  # the iterable that the bot returned
+        self.changed = Condition()
+        self.started_at = self.saved_at = time.monotonic()
+        self.saved_length = 0
+
+    def append(self, chunk):
+        """Add a chunk, as far as MAX_REPLY_CHARS allows; return False if the reply takes no more."""
+        with self.changed:
+            if self.status != "in_progress":
+                return False
+            chunk = chunk[: MAX_REPLY_CHARS - self.length]
+            self.chunks.append(chunk)
+            self.length += len(chunk)
+            self.changed.notify_all()
+        return self.length < MAX_REPLY_CHARS
+
+    def end(self, status, error=None):
+        """Set how the reply ended; return False if it has ended before. A bot that offers it is cancelled."""
+        with self.changed:
+            if self.status != "in_progress":
+                return False
+            self.status, self.error = status, error
+            self.changed.notify_all()
+        if cancel := getattr(self.source, "cancel", None):
+            cancel()
+        return True
+
+    def set_stored(self, is_deleted=False):
+        """Tell the followers that the end of the reply is in the database."""
+        with self.changed:
+            self.is_stored, self.is_deleted = True, is_deleted
+            self.changed.notify_all()
+
+    def follow(self, offset=0):
+        """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
+
+        Ends when the end of the reply is stored. Raises the reply's error if the reply was deleted.
+        """
+        index = 0
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: len(self.chunks) > index or self.status != "in_progress", SILENCE_INTERVAL)
+                text, index = "".join(self.chunks[index:]), len(self.chunks)
+                if not text and self.status != "in_progress":
+                    return self.wait_until_stored()
+            skipped, offset = offset, max(0, offset - len(text))
+            if text[skipped:]:
+                yield text[skipped:]
+            elif not text:
+                yield None
+
+    def wait_until_stored(self):
+        """Wait for the end of the reply to be stored, and raise its error if it was deleted; holds the condition."""
+        if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
+            raise ServiceUnavailable("The database is unavailable, try again later", retry_after=2)
+        if self.is_deleted:
+            raise self.error
+
+    def is_discarded(self):
+        """Return whether the exchange is to be deleted: the bot failed before its first chunk."""
+        if self.status != "failed" or self.length:
+            return False
+        return self.exchange.replaces_id is not None or not isinstance(self.error, HTTPException)
+
+    def to_row(self):
+        """Return what save_replies() stores."""
+        return self.exchange.conversation_id, self.id, "".join(self.chunks), self.status
+
+    def to_list(self):
+        """Return the exchange as the API shows it."""
+        return exchange_to_list(self.exchange, "".join(self.chunks), self.status)
+
+
+class StoredReply:
+    """A reply that is over, or that another process generates."""
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+        self.error = BotError("the reply failed in another process")
+        self.engine = autocommit(db.engine)  # a stream is followed outside of the request
+
+    def load(self, offset=0):
+        """Return a row: text from a character on, status, and whether the process that generated it was killed."""
+        is_abandoned = Message.heartbeat_at < utcnow(-HEARTBEAT_TIMEOUT)
+        columns = func.substr(Message.text, offset + 1).label("text"), Message.status, is_abandoned.label("is_abandoned")
+        with self.engine.connect() as connection:
+            row = connection.execute(select(*columns).where(Message.id == self.exchange.reply["id"])).one_or_none()
+        if row is None:
+            raise self.error
+        return row
+
+    def follow(self, offset=0):
+        """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
+
+        Ends when the reply is over. Raises BotError if it was deleted.
+        """
+        silent_since = time.monotonic()
+        while True:
+            row = self.load(offset)
+            if row.text or time.monotonic() - silent_since > SILENCE_INTERVAL:
+                yield row.text or None
+                offset, silent_since = offset + len(row.text), time.monotonic()
+            if row.status != "in_progress" or row.is_abandoned:
+                return
+            time.sleep(POLL_INTERVAL)
+
+    def to_list(self):
+        """Return the exchange as the API shows it."""
+        row = self.load()
+        return exchange_to_list(self.exchange, row.text, "failed" if row.is_abandoned else row.status)
+
+
+def exchange_to_list(exchange, text, status):
+    """Return an exchange as the API shows it, with the text and the status that the reply has now."""
+    reply = {**exchange.reply, "text": text, "status": status}
+    if status == "complete":
+        del reply["status"]
+    return [exchange.question, reply]
+
+
+class ReplyManager:
+    """The replies that this process generates: a thread for each of them, and one that stores them all."""
+
+    def __init__(self, app, bot):
+        self.app = app
+        self.bot = bot
+        self.replies = {}  # by id
+        self.counts = Counter()  # of replies in progress, by user
+        self.ended = deque()  # replies whose end is to be stored
+        self.lock = Lock()
+        self.wakeup = Event()
+        self.is_storing = False
+        self.is_shutting_down = False
+        self.polled_at = self.saved_at = self.checked_at = -math.inf
+
+    def start(self, exchange, request_id):
+        """Commit the session, which has added the exchange, and generate its reply in the background; return the reply.
+
+        Raises TooManyRequests if the user has MAX_CONCURRENT_REPLIES in progress in this process.
+        """
+        self.reserve(exchange.user_id)
+        try:
+            db.session.commit()
+        except BaseException:
+            self.release(exchange.user_id)
+            raise
+        reply = Reply(exchange, request_id)
+        with self.lock:
+            self.replies[reply.id] = reply
+            if not self.is_storing:
+                self.is_storing = True
+                Thread(target=self.store_in_background, name="replies", daemon=True).start()
+        Thread(target=self.generate, args=[reply], name=f"reply-{reply.id}", daemon=True).start()
+        return reply
+
+    def reserve(self, user_id):
+        """Count one more reply of a user, or raise TooManyRequests."""
+        with self.lock:
+            if self.is_shutting_down:
+                raise ServiceUnavailable("The server is restarting, try again later", retry_after=2)
+            if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
+                raise TooManyRequests("Too many replies in progress, try again later", retry_after=2)
+            self.counts[user_id] += 1
+
+    def release(self, user_id):
+        """Count one reply of a user less."""
+        with self.lock:
+            self.counts[user_id] -= 1
+            if not self.counts[user_id]:
+                del self.counts[user_id]
+
+    def get(self, exchange):
+        """Return the reply of an exchange: the one that this process generates, or what is stored."""
+        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
+
+    def stop(self, exchange):
+        """Stop a reply in progress; commit. Its process stores it within about a second, see Reply.follow()."""
+        if reply := self.replies.get(exchange.reply["id"]):
+            self.end(reply, "stopped")
+            return
+        is_in_progress = (Message.id == exchange.reply["id"]) & (Message.status == "in_progress")
+        db.session.execute(update(Message).where(is_in_progress).values(stop_requested=True))
+        db.session.commit()
+
+    def fail_abandoned(self):
+        """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL."""
+        if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
+            self.checked_at = time.monotonic()
+            fail_abandoned()
+
+    def shutdown(self, timeout):
+        """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
+        self.is_shutting_down = True
+        deadline = time.monotonic() + timeout
+        while self.replies and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for reply in list(self.replies.values()):
+            self.end(reply, "failed", ServiceUnavailable("The server was stopped", retry_after=2))
+        deadline = time.monotonic() + 2  # to store them
+        while self.replies and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def generate(self, reply):
+        """Run the bot, pass its chunks on to the reply, and end it."""
+        try:
+            status, error = self.run_bot(reply)
+        finally:
+            if close := getattr(reply.source, "close", None):
+                close()
+        if not reply.length and not error:
+            error = BotError("the reply is empty")
+        self.end(reply, "failed" if error else status, error)
+
+    def run_bot(self, reply):
+        """Pass the bot's chunks on to the reply; return the status that it is to have, and the error if it failed."""
+        exchange = reply.exchange
+        try:
+            reply.source = self.bot(
+                exchange.history, user_id=exchange.user_id, conversation_id=exchange.conversation_id
+            )
+            for chunk in reply.source:
+                if not self.append(reply, chunk):
+                    return "truncated", None
+        except BotTruncated:
+            return "truncated", None
+        except Exception as error:
+            return "failed", error
+        return "complete", None
+
+    def append(self, reply, chunk):
+        """Add a chunk to a reply; return False if the reply takes no more. The first chunk of an edit applies it."""
+        chunk = chunk.replace("\0", "").encode("utf-8", "ignore").decode()  # what databases cannot store
+        if not reply.length:
+            chunk = chunk.lstrip()
+            if chunk and reply.exchange.replaces_id:
+                self.apply_edit(reply)
+        return reply.append(chunk) if chunk else reply.status == "in_progress"
+
+    def apply_edit(self, reply):
+        """Apply the edit that a reply belongs to, or end the reply if the edited message was deleted."""
+        with self.app.app_context():
+            if not reply.exchange.apply_edit():
+                self.end(reply, "failed", NotFound("Message not found"))
+
+    def end(self, reply, status, error=None):
+        """End a reply and have that stored. The log has the kind of the error, and a traceback if it is a bug."""
+        if not reply.end(status, error):
+            return
+        extra = {"request_id": reply.request_id}
+        if isinstance(error, BotError):
+            self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, error, extra=extra)
+        elif error and not isinstance(error, HTTPException):
+            self.app.logger.error("The reply failed", exc_info=error, extra=extra)
+        self.ended.append(reply)
+        self.wakeup.set()
+
+    def store_in_background(self):
+        """Store the replies until there are none for POLL_INTERVAL."""
+        is_busy = True
+        while is_busy:
+            is_woken = self.wakeup.wait(POLL_INTERVAL)
+            self.wakeup.clear()
+            try:
+                with self.app.app_context():
+                    self.store()
+            except Exception as error:
+                level = logging.WARNING if isinstance(error, SQLAlchemyError) else logging.ERROR
+                self.app.logger.log(level, "Replies cannot be stored, trying again", exc_info=error)
+                time.sleep(POLL_INTERVAL)
+            with self.lock:
+                is_busy = self.is_storing = is_woken or bool(self.replies)
+
+    def store(self):
+        """Store the replies that have ended; at each POLL_INTERVAL, look after those in progress."""
+        self.store_ended()
+        if time.monotonic() - self.polled_at >= POLL_INTERVAL:
+            self.polled_at = time.monotonic()
+            self.end_overdue()
+            self.save_growing()
+
+    def store_ended(self):
+        """Store how replies ended, together in one transaction, and tell their followers."""
+        ended = list(self.ended)
+        discarded = [reply for reply in ended if reply.is_discarded()]
+        for reply in discarded:
+            reply.exchange.discard()
+        kept = [reply for reply in ended if reply not in discarded]
+        for reply in kept:
+            if reply.exchange.replaces_id:  # stopped before its first chunk
+                reply.exchange.apply_edit()
+        lost_ids = save_replies([reply.to_row() for reply in kept]) if kept else set()
+        for reply in ended:
+            self.ended.popleft()
+            self.replies.pop(reply.id)
+            self.release(reply.exchange.user_id)
+            reply.set_stored(is_deleted=reply in discarded or reply.id in lost_ids)
+
+    def end_overdue(self):
+        """End the replies that were deleted, that a user stops from another process, and that take too long."""
+        replies = list(self.replies.values())  # before the query: what is committed after it is not yet among them
+        is_to_stop = list_in_progress()
+        for reply in replies:
+            if reply.id not in is_to_stop:
+                self.end(reply, "failed", NotFound("Conversation not found"))
+            elif is_to_stop[reply.id]:
+                self.end(reply, "stopped")
+            elif time.monotonic() - reply.started_at > self.app.config["BOT_MAX_SECONDS"]:
+                overdue = BotTimeout(f"no end after {self.app.config['BOT_MAX_SECONDS']} s")
+                self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
+
+    def save_growing(self):
+        """Save the text of replies in progress once in SAVE_INTERVAL, and their heartbeats."""
+        now = time.monotonic()
+        if now - self.saved_at < SAVE_INTERVAL:
+            return
+        self.saved_at = now
+        in_progress = [reply for reply in self.replies.values() if reply.status == "in_progress"]
+        growing = [reply for reply in in_progress if reply.length > reply.saved_length]
+        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL and reply not in growing]
+        if growing:
+            lengths = [reply.length for reply in growing]
+            save_replies([reply.to_row() for reply in growing])
+            for reply, length in zip(growing, lengths, strict=True):
+                reply.saved_length, reply.saved_at = length, now
+        if silent:
+            save_heartbeats([reply.id for reply in silent])
+            for reply in silent:
+                reply.saved_at = now

@@ -1,0 +1,62 @@
+"""JSON, conditional responses, links to the next page, and server-sent events."""
+
+import hashlib
+from urllib.parse import urlencode
+
+import orjson
+from flask import current_app, request
+from flask.json.provider import JSONProvider
+
+
+class OrjsonProvider(JSONProvider):
+    """JSON exactly as RFC 8259 defines it: no NaN, no lone surrogates."""
+
+    def dumps(self, obj, **kwargs):
+        return orjson.dumps(obj).decode()
+
+    def loads(self, s, **kwargs):
+        return orjson.loads(s)
+
+    def response(self, *args, **kwargs):
+        body = orjson.dumps(self._prepare_response_obj(args, kwargs))
+        return current_app.response_class(body, mimetype="application/json")
+
+
+def hash_version(version):
+    """Return the ETag of what changes whenever a response does, such as rows of ids and timestamps."""
+    return hashlib.blake2b(repr(version).encode(), digest_size=16).hexdigest()
+
+
+def is_not_modified(etag):
+    """Return whether the client has the response with this ETag already."""
+    return request.if_none_match.contains_weak(etag)
+
+
+def conditional_response(body, etag, next_page=None):
+    """Return a JSON response that the client may keep, but must revalidate, or 304 without a body if it has it.
+
+    `next_page`: the parameters that the URL of the next page has in place of this one's, if there is one.
+    """
+    response = current_app.json.response(body) if not is_not_modified(etag) else current_app.response_class(status=304)
+    response.set_etag(etag)
+    response.headers["Cache-Control"] = "private, no-cache"
+    if next_page:
+        response.headers["Link"] = f'<?{urlencode({**request.args, **next_page})}>; rel="next"'
+    return response
+
+
+def not_modified(etag):
+    """Return the 304 response for an ETag that the client has."""
+    return conditional_response(None, etag)
+
+
+def format_event(name, data, id=None):
+    """Return a server-sent event with JSON data."""
+    id_line = b"" if id is None else b"id: %b\n" % str(id).encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (id_line, name.encode(), orjson.dumps(data))
+
+
+def event_stream(events, headers):
+    """Return a response of server-sent events, which proxies neither cache nor buffer."""
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store", **headers}
+    return current_app.response_class(events, mimetype="text/event-stream", headers=headers)

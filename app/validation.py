@@ -1,0 +1,113 @@
+"""Fields of the body, headers and parameters of the query string, or 400."""
+
+import re
+import unicodedata
+
+import orjson
+from flask import abort, request
+
+from werkzeug.routing import BaseConverter, ValidationError
+
+from app.database import MAX_ID
+
+# Letters and symbols that look blank, though they are neither white space nor control or format characters.
+BLANK_LETTERS = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+
+
+def get_json():
+    """Return the body, a JSON object, as a dict; abort with 400 or 415 if it is none."""
+    if not request.is_json:
+        abort(415, "Content-Type must be application/json")
+    try:
+        body = orjson.loads(request.get_data().removeprefix(b"\xef\xbb\xbf"))  # a byte-order mark
+    except orjson.JSONDecodeError as error:
+        abort(400, f"The body must be valid JSON: {error}")
+    if not isinstance(body, dict):
+        abort(400, "The body must be a JSON object")
+    return body
+
+
+def get_string(name, max_length, min_length=1):
+    """Return a string of the body; abort with 400 if it is missing, blank, or not within the bounds in characters."""
+    value = get_json().get(name)
+    if not isinstance(value, str):
+        abort(400, f"{name} must be a string")
+    check_string(name, value, max_length, min_length)
+    return value
+
+
+def get_str_arg(name, max_length):
+    """Return a parameter of the query string, or None if it is missing or empty; abort with 400 if it is invalid."""
+    value = request.args.get(name)
+    if value:
+        check_string(name, value, max_length)
+    return value or None
+
+
+def check_string(name, value, max_length, min_length=1):
+    """Abort with 400 if a string is blank, has a NUL, or not the right length in characters."""
+    if is_blank(value) or not min_length <= len(value) <= max_length:
+        abort(400, f"{name} must be {min_length} to {max_length} characters long and not blank")
+    if "\0" in value:
+        abort(400, f"{name} must not contain NUL")
+
+
+def is_blank(value):
+    """Return whether a text has nothing visible: only white space, control, format and blank-looking characters."""
+    return all(is_invisible(character) for character in value)
+
+
+def is_invisible(character):
+    """Return whether a character has no visible form: categories C* and Z*, and the blank-looking letters."""
+    return unicodedata.category(character)[0] in "CZ" or character in BLANK_LETTERS
+
+
+def get_int_arg(name, minimum=1, maximum=MAX_ID):
+    """Return an integer of the query string, or None if it is missing; abort with 400 if it is not within bounds."""
+    value = request.args.get(name)
+    if value is None:
+        return None
+    if not re.fullmatch("[0-9]{1,19}", value) or not minimum <= int(value) <= maximum:
+        abort(400, f"{name} must be an integer from {minimum} to {maximum}")
+    return int(value)
+
+
+def get_idempotency_key():
+    """Return the request's Idempotency-Key, or None; abort with 400 if it is invalid."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
+        abort(400, "Idempotency-Key must be 1 to 255 visible ASCII characters")
+    return key
+
+
+def get_last_event_id():
+    """Return the Last-Event-ID of a resumed stream as (number of characters received, whether the end was received)."""
+    match = re.fullmatch(r"([0-9]{1,9})( end)?", request.headers.get("Last-Event-ID", ""))
+    return (int(match[1]), bool(match[2])) if match else (None, False)
+
+
+def prefers_async():
+    """Return whether the client asks for an answer at once, by `Prefer: respond-async` (RFC 7240)."""
+    preferences = ",".join(request.headers.getlist("Prefer")).split(",")
+    return any(preference.partition(";")[0].strip().lower() == "respond-async" for preference in preferences)
+
+
+def wants_stream():
+    """Return whether the client prefers server-sent events to JSON; if equally, the one that it lists first."""
+    accept = request.accept_mimetypes
+    stream, json = accept["text/event-stream"], accept["application/json"]
+    if stream != json:
+        return stream > json
+    return -1 < accept.find("text/event-stream") < accept.find("application/json")
+
+
+class IdConverter(BaseConverter):
+    """An id in a path: a positive integer below 2^63 without leading zeros."""
+
+    regex = "[1-9][0-9]{0,18}"
+
+    def to_python(self, value):
+        id = int(value)
+        if id > MAX_ID:
+            raise ValidationError
+        return id

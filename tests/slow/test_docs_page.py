@@ -1,0 +1,171 @@
+"""The documentation page in Chromium."""
+
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.helpers.server import TIMEOUT, Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+
+CHROMIUM_OPTIONS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP chat.example.com 127.0.0.1",
+]
+PHONE = {"width": 390, "height": 844}
+RECORD_VIOLATIONS = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", event => violations.push(event.violatedDirective));
+"""
+
+
+class DocsPage:
+    """The documentation page in a browser."""
+
+    def __init__(self, page, url):
+        self.page = page
+        self.errors, self.requests = [], []
+        page.set_default_timeout(TIMEOUT * 1000)
+        page.add_init_script(RECORD_VIOLATIONS)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.goto(url)
+        page.wait_for_selector("#operations-server-test")
+
+    def execute(self, tag, operation_id, **parameters):
+        """Execute an operation by "Try it out"; return the status and the body of the response."""
+        block = self.page.locator(f"#operations-{tag}-{operation_id}")
+        block.locator(".opblock-summary-control").click()
+        block.get_by_role("button", name="Try it out").click()
+        for name, value in parameters.items():
+            block.get_by_placeholder(name, exact=True).fill(str(value))
+        block.get_by_role("button", name="Execute").click()
+        response = block.locator(".live-responses-table .response")
+        status = int(response.locator(".response-col_status").inner_text().split()[0])
+        return status, response.locator(".response-col_description .highlight-code code").first.text_content()
+
+    def violations(self):
+        """Return the directives of the Content-Security-Policy that were violated."""
+        return self.page.evaluate("violations")
+
+    def width(self):
+        """Return the width of the page's content."""
+        return self.page.evaluate("document.documentElement.scrollWidth")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    database = tmp_path_factory.mktemp("docs") / "chat.db"
+    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD="pbkdf2:sha256:1")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_docs(browser):
+    """A function that opens the documentation page of a URL in a phone's browser."""
+    context = browser.new_context(viewport=PHONE)
+    yield lambda url: DocsPage(context.new_page(), url)
+    context.close()
+
+
+def test_docs_page_signs_up_and_chats_at_phone_width(server, open_docs):
+    docs = open_docs(f"http://127.0.0.1:{server.port}/")
+    assert docs.execute("auth", "signup")[0] == 201
+    assert docs.execute("auth", "login")[0] == 200
+    status, body = docs.execute("conversations", "createConversation")
+    assert status == 201
+    conversation_id = json.loads(body)["id"]
+    status, body = docs.execute("messages", "sendMessage", conversation_id=conversation_id)
+    assert status == 201
+    message, reply = json.loads(body)
+    assert message["text"] == "Hello"
+    path = {"conversation_id": conversation_id, "message_id": reply["id"]}
+    status, body = docs.execute("messages", "followReply", **path)
+    assert status == 200
+    assert "event: done" in body
+    status, body = docs.execute("conversations", "listConversations")
+    assert status == 200
+    assert json.loads(body)[0]["messages"] == [message, reply]
+    status, body = docs.execute("messages", "listMessages", conversation_id=conversation_id)
+    assert status == 200
+    assert json.loads(body) == [message, reply]
+    assert docs.width() == PHONE["width"]
+    assert docs.violations() == docs.errors == []
+
+
+def test_docs_page_sends_the_same_message_twice(server, open_docs):
+    with server.client() as client:
+        client.signup("bob", "battery staple")
+        client.login("bob", "battery staple")
+        conversation_id = client.create_conversation()
+        docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
+        name, value = client.cookie.split("=", 1)
+        docs.page.context.add_cookies([{"name": name, "value": value, "url": docs.page.url}])
+        assert docs.execute("messages", "sendMessage", conversation_id=conversation_id)[0] == 201
+        block = docs.page.locator("#operations-messages-sendMessage")
+        with docs.page.expect_response(lambda response: response.url.endswith("/messages")) as response:
+            block.get_by_role("button", name="Execute").click()
+        assert response.value.status == 201
+
+
+def test_docs_page_requests_no_other_host(server, open_docs):
+    docs = open_docs(f"http://chat.example.com:{server.port}/api/docs")  # at localhost, Swagger UI omits its validator
+    assert docs.execute("server", "test")[0] == 200
+    assert {urlsplit(url).netloc for url in docs.requests if not url.startswith("data:")} == {
+        f"chat.example.com:{server.port}"
+    }
+
+
+@contextmanager
+def serve_below_prefix(port, prefix):
+    """Forward GET requests below a path prefix to a port, without the prefix; yield the URL."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path.startswith(prefix)
+            connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+            connection.request("GET", self.path.removeprefix(prefix), headers={"Host": self.headers["Host"]})
+            response = connection.getresponse()
+            body = response.read()
+            self.send_response_only(response.status)
+            for name in ("Content-Type", "Content-Security-Policy", "Location"):
+                if value := response.headers[name]:
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            """Log nothing."""
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}{prefix}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.parametrize("path", ["/", "/api/docs", "/api/docs/"])
+def test_docs_page_works_below_a_path_prefix(server, open_docs, path):
+    with serve_below_prefix(server.port, "/apps/chat") as url:
+        docs = open_docs(url + path)
+        status, body = docs.execute("server", "test")
+        assert status == 200
+        assert json.loads(body) == {"message": "Server is running"}
+        assert all(request.startswith((url, "data:")) for request in docs.requests)

@@ -1,0 +1,259 @@
+"""Rate limits counted in Redis, and in each process while Redis is unavailable."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+import redis
+from flask import Flask
+from limits import parse
+from werkzeug.exceptions import TooManyRequests
+
+from app.security import STORAGE_RETRY_INTERVAL, rate_limiter
+from tests.helpers.server import (
+    ROOT,
+    TIMEOUT,
+    find_free_port,
+    measure,
+    record_measurement,
+    run_concurrently,
+    wait_until,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed"),
+]
+
+LIMIT = parse("5 per minute")
+UNAVAILABLE = "RATE_LIMIT_STORAGE is unavailable ({}): each process counts for itself"
+
+
+class RedisServer:
+    """A Redis server on a free port of its own."""
+
+    def __init__(self, folder, *options):
+        self.port = find_free_port()
+        self.command = ["redis-server", *options, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        wait_until(self.is_answering)
+
+    def is_answering(self):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(1) in (b"+", b"-")
+
+    def execute(self, *command):
+        with redis.Redis(port=self.port) as client:
+            return client.execute_command(*command)
+
+    def pause(self):
+        """Stop answering; connections are still accepted."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(TIMEOUT)
+
+
+@contextmanager
+def run_redis(folder, *options):
+    folder.mkdir(exist_ok=True)
+    server = RedisServer(folder, "--save", "", *options)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def run_cluster(folder):
+    """Run a cluster of one Redis server."""
+    with run_redis(folder, "--cluster-enabled", "yes") as server:
+        server.execute("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: server.execute("CLUSTER INFO")["cluster_state"] == "ok")
+        server.url = f"redis+cluster://127.0.0.1:{server.port}"
+        yield server
+
+
+@contextmanager
+def run_sentinel(folder):
+    """Run a Redis server and a Sentinel that monitors it; yield the Sentinel."""
+    with run_redis(folder / "primary") as primary:
+        config = folder / "sentinel.conf"
+        config.write_text(f"sentinel monitor main 127.0.0.1 {primary.port} 1\n")
+        sentinel = RedisServer(folder, str(config), "--sentinel")
+        sentinel.url = f"redis+sentinel://127.0.0.1:{sentinel.port}/main"
+        try:
+            yield sentinel
+        finally:
+            sentinel.kill()
+
+
+@pytest.fixture
+def server(tmp_path):
+    with run_redis(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def silent_listener():
+    """A socket that lets clients connect and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        listener.setblocking(False)
+        yield listener
+
+
+def count_connections(listener):
+    """Return how many clients connected since the last call."""
+    count = 0
+    with suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
+            count += 1
+    return count
+
+
+def create_app(url):
+    app = Flask("storage")
+    app.config["RATE_LIMIT_STORAGE"] = url
+    rate_limiter.init_app(app)
+    return app
+
+
+def is_accepted(call, app, key="key"):
+    """Return whether rate_limiter.check or rate_limiter.record accepts an attempt."""
+    with app.app_context():
+        try:
+            call(LIMIT, key)
+            return True
+        except TooManyRequests:
+            return False
+
+
+def record(app, key="key"):
+    """Return whether an attempt is within the limit, as a login does."""
+    return is_accepted(rate_limiter.check, app, key) and is_accepted(rate_limiter.record, app, key)
+
+
+def count_accepted(app, attempts=10):
+    return sum(record(app) for _ in range(attempts))
+
+
+def assert_logged(caplog, error):
+    assert [record.getMessage() for record in caplog.records] == [UNAVAILABLE.format(error)]
+
+
+def test_concurrent_processes_share_an_exact_count(server):
+    script = f"""
+from flask import Flask
+from limits import parse
+from werkzeug.exceptions import TooManyRequests
+from app.security import rate_limiter
+from tests.helpers.server import run_concurrently
+
+app = Flask("storage")
+app.config["RATE_LIMIT_STORAGE"] = {server.url!r}
+rate_limiter.init_app(app)
+
+def record(number):
+    with app.app_context():
+        try:
+            rate_limiter.record(parse("5 per minute"), "key")
+            return True
+        except TooManyRequests:
+            return False
+
+print(sum(run_concurrently(20, record)))
+"""
+    command = [sys.executable, "-c", script]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sum(int(process.communicate(timeout=TIMEOUT)[0]) for process in processes) == 5
+
+
+@pytest.mark.parametrize("run", [run_redis, run_sentinel, run_cluster])
+def test_apps_with_the_same_storage_share_a_count(run, tmp_path, caplog):
+    with run(tmp_path) as server:
+        assert count_accepted(create_app(server.url), 3) == 3
+        assert count_accepted(create_app(server.url)) == 2
+        assert caplog.records == []
+
+
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster", "redis+sentinel"])
+def test_app_without_its_storage_counts_in_the_process(scheme, caplog):
+    app = create_app(f"{scheme}://127.0.0.1:{find_free_port()}/0")
+    assert count_accepted(app) == 5
+    assert len(caplog.records) == 1
+
+
+def test_app_whose_storage_is_killed_counts_in_the_process(server, caplog):
+    app = create_app(server.url)
+    assert record(app)
+    server.kill()
+    assert count_accepted(app) == 5
+    assert_logged(caplog, "ConnectionError")
+
+
+@pytest.mark.parametrize("credentials", ["", ":wrong@", "nobody:wrong@"])
+def test_app_with_wrong_credentials_counts_in_the_process(tmp_path, caplog, credentials):
+    with run_redis(tmp_path, "--requirepass", "secret") as server:
+        assert count_accepted(create_app(server.url.replace("//", "//:secret@"))) == 5
+        assert caplog.records == []
+        assert count_accepted(create_app(server.url.replace("//", f"//{credentials}"))) == 5
+    assert_logged(caplog, "AuthenticationError")
+
+
+def test_app_with_read_only_storage_counts_in_the_process(server, caplog):
+    server.execute("REPLICAOF", "127.0.0.1", find_free_port())
+    assert count_accepted(create_app(server.url)) == 5
+    assert len(caplog.records) == 1
+
+
+def test_restarted_storage_is_used_again(server):
+    app = create_app(server.url)
+    server.kill()
+    assert record(app, "other key")
+    server.start()
+    assert count_accepted(create_app(server.url)) == 5
+    wait_until(lambda: not is_accepted(rate_limiter.check, app))
+
+
+@pytest.mark.parametrize(
+    ("run", "connected"),
+    [(run_redis, True), (run_redis, False), (run_sentinel, False), (run_cluster, True), (run_cluster, False)],
+)
+def test_hanging_storage_costs_a_second_once(run, connected, tmp_path, caplog):
+    with run(tmp_path) as server:
+        app = create_app(server.url)
+        if connected:
+            assert record(app)
+        server.pause()
+        seconds, _ = measure(record, app, "first key")
+        record_measurement("seconds of the first call", seconds)
+        assert seconds < 10
+        seconds, accepted = measure(count_accepted, app, 50)
+        record_measurement("seconds of 50 further calls", seconds)
+        assert accepted == 5
+        assert seconds < 25
+    assert_logged(caplog, "TimeoutError")
+
+
+def test_hanging_storage_is_tried_by_one_call_per_interval(silent_listener, caplog):
+    app = create_app(f"redis://127.0.0.1:{silent_listener.getsockname()[1]}")
+    assert record(app)
+    assert count_connections(silent_listener) == 1
+
+    time.sleep(STORAGE_RETRY_INTERVAL)
+    seconds, accepted = measure(run_concurrently, 20, lambda number: record(app))
+    assert sum(accepted) == 4
+    assert 1 <= count_connections(silent_listener) <= 3 + seconds // STORAGE_RETRY_INTERVAL
+    assert_logged(caplog, "TimeoutError")

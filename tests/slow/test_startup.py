@@ -1,0 +1,372 @@
+"""How the program starts and ends: `python run.py`, `python -m flask` and other WSGI servers."""
+
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+from contextlib import closing, suppress
+from http.client import HTTPConnection
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from config import SETTINGS
+from tests.helpers.server import ROOT, TIMEOUT, HttpClient, Server, find_free_port, wait_until
+
+pytestmark = pytest.mark.slow
+POSTGRESQL_URL = os.environ.get("TEST_DATABASE_URL")
+SECRET_KEY = "0123456789abcdef0123456789abcdef"
+WITHOUT_GUNICORN = """
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "gunicorn" else find_spec(name, *args)
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+class FlaskServer(Server):
+    """Flask's own server."""
+
+    def wait_for(self, pattern):
+        return super().wait_for(pattern.replace("Listening at", "Running on"))
+
+
+def run_python(*arguments, cwd=ROOT, **settings):
+    """Run Python in a folder with these settings only, and return the completed process."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **dict.fromkeys(SETTINGS, ""), **settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+def run_instead(*arguments):
+    """Return the prefix with which Server runs Python with these arguments in place of run.py."""
+    return ("sh", "-c", f'exec "$0" {shlex.join(arguments)}')
+
+
+def is_served(port, host="127.0.0.1"):
+    """Return whether the program answers at an address; False if nothing listens there."""
+    connection = HTTPConnection(host, port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", "/api/test")
+        return connection.getresponse().read() == b'{"message":"Server is running"}'
+    except ConnectionRefusedError:
+        return False
+    finally:
+        connection.close()
+
+
+def can_send_message(server):
+    """Return whether a user can sign up, log in and send a message, for which the database needs its tables."""
+    with server.create_logged_in_client("ada") as client:
+        return client.send_message(client.create_conversation()).status == 201
+
+
+def has_ipv6():
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a server, on an empty SQLite database unless the settings name another one."""
+    servers = []
+
+    def start(*arguments, server_class=Server, **settings):
+        url = f"sqlite:///{tmp_path / 'chat.db'}"
+        defaults = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", "WEB_CONCURRENCY": 1}
+        servers.append(server_class(*arguments, **defaults | settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Return a folder with a git repository of the project's files."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is not a git repository")
+    folder = tmp_path / "clone"
+    for path in run_git(ROOT, "ls-files", "-z", "-co", "--exclude-standard").split("\0"):
+        if (ROOT / path).is_file():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, folder / path)
+    run_git(folder, "init", "-q")
+    run_git(folder, "add", "-A")
+    run_git(folder, "-c", "user.name=Ada", "-c", "user.email=ada@example.com", "commit", "-qm", "Clone")
+    return folder
+
+
+def run_git(folder, *arguments):
+    command = ["git", "-C", folder, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
+
+
+def test_run_on_an_empty_database_migrates_and_serves(start, empty_database):
+    server = start(DATABASE_URL=empty_database)
+    assert server.wait_for(rf"Listening at: http://127\.0\.0\.1:{server.port}\b")
+    assert can_send_message(server)
+
+
+def test_run_from_another_folder_serves(start):
+    assert can_send_message(start(prefix=("sh", "-c", f'cd / && exec "$0" {shlex.quote(str(ROOT / "run.py"))}')))
+
+
+def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
+    unset = dict.fromkeys(SETTINGS.keys() - {"PORT"}, "")
+    server = start(prefix=("env", "-C", clone), **unset)
+    assert can_send_message(server)
+    assert run_git(clone, "status", "--porcelain") == ""
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [clone / "instance", *clone.glob("instance/*")]}
+    assert modes == {"instance": 0o700} | dict.fromkeys(["chatbot.db", "chatbot.db-shm", "chatbot.db-wal"], 0o600)
+    assert server.terminate() == 0
+    assert run_git(clone, "status", "--porcelain") == ""
+
+
+def test_host_and_port_choose_the_address(start):
+    port = find_free_port()
+    start(HOST="127.0.0.2", PORT=port)
+    assert is_served(port, "127.0.0.2")
+    assert not is_served(port)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_host_may_be_an_ipv6_address(start):
+    server = start(HOST="::1")
+    assert is_served(server.port, "::1")
+    assert not is_served(server.port)
+
+
+def test_run_passes_arguments_to_gunicorn(start):
+    server = start("--workers", "1", "--access-logfile", "-", WEB_CONCURRENCY=3)
+    assert is_served(server.port)
+    assert server.wait_for("GET /api/test HTTP/1.1")
+    assert len(server.workers()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "output"),
+    [
+        ("--help", 0, r"(?s)usage: .*--bind"),
+        ("--version", 0, r"gunicorn \(version"),
+        ("--nonsense", 2, "unrecognized arguments: --nonsense"),
+        ("--workers=many", 2, "argument -w/--workers"),
+        ("--worker-class=nonsense", 1, "class uri 'nonsense' invalid"),
+    ],
+)
+def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, argument, status, output):
+    path = tmp_path / "chat.db"
+    process = run_python("run.py", argument, DATABASE_URL=f"sqlite:///{path}")
+    assert process.returncode == status
+    assert re.search(output, process.stdout + process.stderr)
+    assert not path.exists()
+
+
+def test_session_works_on_every_worker_and_on_its_replacement(start):
+    server = start(WEB_CONCURRENCY=3)
+    workers = server.all_workers(3)
+    with server.create_logged_in_client("ada") as ada:
+        check_session_on_each_worker(workers, server, ada)
+        os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda: workers[0] not in server.workers())
+        check_session_on_each_worker(server.all_workers(3), server, ada)
+
+
+def check_session_on_each_worker(workers, server, client):
+    """Assert that a session works on each worker, while the others are stopped."""
+    for worker in workers:
+        others = {*workers} - {worker}
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
+        with server.other_client(client) as other_client:
+            assert other_client.is_logged_in()
+            [status] = other_client.get("/api/users/status").json["users"]
+            assert status["status"] == "Online"
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+
+
+def test_sigterm_ends_the_program_with_status_0_and_a_restart_ends_sessions(start):
+    server = start()
+    with server.create_logged_in_client("ada") as ada:
+        pass
+    assert server.terminate() == 0
+    with start().other_client(ada) as client:
+        assert not client.is_logged_in()
+        [status] = client.get("/api/users/status").json["users"]
+        assert status["status"] == "Offline"
+
+
+def test_run_with_certificate_sends_secure_cookies(start, tmp_path):
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject, *files]
+    subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
+    server = start("--certfile", str(tmp_path / "cert.pem"), "--keyfile", str(tmp_path / "key.pem"))
+    context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    with HttpClient(server.port, context=context) as client:
+        client.signup("ada")
+        cookie = client.login("ada").headers["Set-Cookie"]
+    assert cookie.startswith("__Host-chatbot_session=")
+    assert "; Secure" in cookie
+    assert "; Path=/" in cookie
+    assert "Domain" not in cookie
+
+
+def test_run_without_gunicorn_uses_the_server_of_flask(start):
+    server = start(server_class=FlaskServer, prefix=run_instead("-c", WITHOUT_GUNICORN))
+    assert server.wait_for("gunicorn is not installed")
+    assert can_send_message(server)
+
+
+def test_flask_run_serves_a_database_that_flask_db_upgrade_created(start, empty_database):
+    assert run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database).returncode == 0
+    prefix = run_instead("-m", "flask", "run", "--port", "0")
+    server = start(server_class=FlaskServer, prefix=prefix, DATABASE_URL=empty_database)
+    assert can_send_message(server)
+
+
+@pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users"])
+def test_invalid_setting_stops_the_program_with_one_line(command):
+    process = run_python(*command.split(), CORS_ORIGINS="http://a\n*")
+    assert process.returncode != 0
+    assert re.fullmatch(r"Error: CORS_ORIGINS must .+\n", process.stderr)
+    assert process.stdout == ""
+
+
+def test_flask_help_with_invalid_setting_shows_one_line_and_the_help():
+    process = run_python("-m", "flask", "--help", PORT="wrong")
+    assert process.returncode == 0
+    assert re.fullmatch(r"Error: PORT must .+\n\n", process.stderr)
+    assert "Commands:" in process.stdout
+
+
+def test_flask_command_and_run_ignore_the_env_file_of_a_parent_folder(start, clone, tmp_path):
+    (tmp_path / ".env").write_text(f"DATABASE_URL=sqlite:///{tmp_path / 'parent.db'}\n")
+    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    subprocess.run(
+        [sys.executable, "-m", "flask", "db", "upgrade"], cwd=clone, env=environ, check=True, timeout=TIMEOUT
+    )
+    assert (clone / "instance" / "chatbot.db").exists()
+    assert not (tmp_path / "parent.db").exists()
+
+
+def test_misspelled_name_in_env_file_is_logged_once_for_all_processes(start, clone):
+    (clone / ".env").write_text("BOT_MODLE=llama\n")
+    server = start(prefix=("env", "-C", clone), WEB_CONCURRENCY=2)
+    server.all_workers(2)
+    assert can_send_message(server)
+    assert server.output.count("did you mean BOT_MODEL?") == 1
+
+
+@pytest.mark.parametrize("command", ["-c 'import run'", "-m gunicorn --bind 127.0.0.1:0 run:app"])
+def test_other_server_without_secret_key_does_not_start(command):
+    process = run_python(*shlex.split(command))
+    assert process.returncode == 4
+    [line] = [line for line in process.stderr.splitlines() if not line.startswith("[")]
+    assert line.startswith("Error: SECRET_KEY must be set")
+
+
+def test_other_server_with_secret_key_serves(start, empty_database):
+    run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database)
+    prefix = run_instead("-m", "gunicorn", "--bind", "127.0.0.1:0", "run:app")
+    server = start(prefix=prefix, DATABASE_URL=empty_database, SECRET_KEY=SECRET_KEY)
+    assert can_send_message(server)
+
+
+@pytest.mark.parametrize("command", ["-c 'import app; app.create_app()'", "-m flask --app run users"])
+def test_script_or_flask_command_without_secret_key_runs(empty_database, command):
+    run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database)
+    assert run_python(*shlex.split(command), DATABASE_URL=empty_database).returncode == 0
+
+
+@pytest.fixture
+def no_database(tmp_path):
+    """Return a file that is not a database."""
+    path = tmp_path / "notes.txt"
+    path.write_text("This is not a database, and it is longer than the header of one. " * 20)
+    return path
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////nowhere/chat.db",
+        "sqlite:////proc/chat.db",
+        "sqlite:///{no_database}",
+        "postgres://chat:s3cret@127.0.0.1:{port}/chat",
+        "postgres://chat:s3cret@nowhere.invalid/chat",
+        "postgres://chat:s3cret@127.0.0.1:{port},127.0.0.2:{port}/chat",
+    ],
+)
+def test_unusable_database_stops_the_program_with_one_line(no_database, url):
+    url = url.format(no_database=no_database, port=find_free_port())
+    process = run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="0")
+    assert process.returncode != 0
+    [line] = (process.stdout + process.stderr).splitlines()
+    assert line.startswith("Error: the database of DATABASE_URL cannot be used: ")
+    assert "s3cret" not in line
+    assert no_database.read_text().startswith("This is not a database")
+
+
+@pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
+def test_instance_folder_that_cannot_be_created_stops_the_program_with_one_line(clone, command):
+    (clone / "instance").write_text("This is not a folder")
+    process = run_python(*command.split(), cwd=clone)
+    assert process.returncode != 0
+    [line] = (process.stdout + process.stderr).splitlines()
+    assert re.match("Error: .*DATABASE_URL", line)
+
+
+def test_run_waits_for_the_database_server_up_to_database_wait():
+    url = f"postgresql://chat:s3cret@127.0.0.1:{find_free_port()}/chat"
+    process = run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="2")
+    assert process.returncode != 0
+    waiting, error = (process.stdout + process.stderr).splitlines()
+    assert "Waiting up to 2 s for the database: " in waiting
+    assert error.startswith("Error: the database of DATABASE_URL cannot be used: ")
+    assert "s3cret" not in waiting + error
+
+
+@pytest.mark.skipif(not POSTGRESQL_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
+def test_run_serves_as_soon_as_the_database_is_available(tmp_path):
+    name = f"chat_test_{secrets.token_hex(4)}"
+    url = make_url(POSTGRESQL_URL).set(database=name).render_as_string(hide_password=False)
+    server_url = POSTGRESQL_URL.replace("postgres://", "postgresql://")
+    command = [sys.executable, "run.py"]
+    environ = {**os.environ, "DATABASE_URL": url, "DATABASE_WAIT": str(TIMEOUT), "PORT": "0"}
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+        try:
+            assert "Waiting up to" in process.stderr.readline()
+            connection.execute(f"CREATE DATABASE {name}")
+            assert any("Listening at" in line for line in process.stderr)
+        finally:
+            process.terminate()
+            process.communicate(timeout=TIMEOUT)
+            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+def test_run_on_a_newer_schema_warns_and_serves(start, tmp_path):
+    start().terminate()
+    with closing(sqlite3.connect(tmp_path / "chat.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
+    server = start()
+    assert server.wait_for("schema is newer than this program")
+    assert can_send_message(server)

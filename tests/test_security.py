@@ -1,0 +1,433 @@
+"""Password hashing and rate limits."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from flask import Flask
+from limits import parse
+from werkzeug.exceptions import TooManyRequests
+from werkzeug.security import generate_password_hash
+
+from app.security import (
+    client_address,
+    hash_password,
+    is_common_password,
+    log_failed_login,
+    needs_rehash,
+    rate_limiter,
+    verify_login,
+    verify_password,
+)
+from tests.helpers.server import ROOT, TIMEOUT, run_concurrently
+
+ADDRESS = "192.0.2.1"
+METHOD = "pbkdf2:sha256:1"
+UNREADABLE_HASHES = [
+    *("", "x", "$", "$$", "plain text", "md5$salt$00", "scrypt:3:8:1$salt$00", f"scrypt:{2**70}:8:1$salt$00"),
+    *("pbkdf2:sha256:x$salt$00", "pbkdf2:sha256:0$salt$00", f"pbkdf2:sha256:{2**70}$salt$00"),
+    *("pbkdf2:sha256:1$salt$é", "$argon2id$v=19$m=65536,t=3,p=4$c2FsdA$aGFzaA"),
+]
+
+
+def create_app(**settings):
+    """Return an app with nothing but the settings of this module, a rate limiter and the log."""
+    app = Flask("security")
+    app.config.update(
+        SECRET_KEY="k" * 32,
+        PASSWORD_HASH_METHOD=METHOD,
+        LOGIN_RATE_LIMIT=parse("3 per minute"),
+        RATE_LIMIT_STORAGE="memory://",
+    )
+    app.config.update(settings)
+    rate_limiter.init_app(app)
+    return app
+
+
+def request_from(app, address=ADDRESS):
+    """Return the context of a request from an address."""
+    return app.test_request_context(environ_base={"REMOTE_ADDR": address})
+
+
+def create_user(password="right"):
+    return SimpleNamespace(id=7, password_hash=generate_password_hash(password, METHOD))
+
+
+def log_in(app, username="ada", user=None, password="wrong", address=ADDRESS):
+    """Return whether a login succeeds, or 429."""
+    with request_from(app, address):
+        try:
+            return verify_login(username, user, password)
+        except TooManyRequests as error:
+            return error.code
+
+
+GEVENT_SETUP = f"""
+from gevent import monkey
+monkey.patch_all()
+import os
+import gevent
+from flask import Flask
+from werkzeug.exceptions import ServiceUnavailable
+from werkzeug.security import generate_password_hash
+from app import security
+from app.security import hash_password, run_in_threadpool, verify_password
+
+app = Flask("security")
+app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
+app.app_context().push()
+lock = monkey.get_original("_thread", "allocate_lock")()
+lock.acquire()
+started = []
+
+def block():
+    started.append(True)
+    with lock:
+        pass
+"""
+
+
+def run_gevent(script):
+    """Run a script after GEVENT_SETUP in a process of its own and return the lines that it prints."""
+    command = [sys.executable, "-c", GEVENT_SETUP + script]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout.splitlines()
+
+
+@pytest.fixture
+def app():
+    return create_app()
+
+
+# Passwords
+
+
+def test_hash_password_uses_the_configured_method(app):
+    with app.app_context():
+        assert hash_password("word").startswith(f"{METHOD}$")
+        assert hash_password("word") != hash_password("word")
+
+
+@pytest.mark.parametrize(("password", "expected"), [("wörd", True), ("word", False), ("wörd ", False), ("", False)])
+def test_verify_password_accepts_only_the_hashed_password(app, password, expected):
+    with app.app_context():
+        assert verify_password(hash_password("wörd"), password) is expected
+
+
+def test_verify_password_without_user_hashes_anyway():
+    app = create_app(PASSWORD_HASH_METHOD="unknown")
+    with app.app_context(), pytest.raises(ValueError, match="unknown"):
+        verify_password(None, "word")
+
+
+def test_verify_password_without_user_returns_false(app):
+    with app.app_context():
+        assert verify_password(None, "word") is False
+
+
+@pytest.mark.parametrize("password_hash", UNREADABLE_HASHES)
+def test_verify_password_with_unreadable_hash_returns_false(app, password_hash):
+    with app.app_context():
+        assert verify_password(password_hash, "word") is False
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(METHOD, False), ("pbkdf2:sha256:2", True), ("pbkdf2:sha256:10", True), ("scrypt:1024:8:1", True)],
+)
+def test_needs_rehash_after_method_or_cost_changed(app, method, expected):
+    with app.app_context():
+        assert needs_rehash(generate_password_hash("word", method)) is expected
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        *("password", "Password1", "PASSWORD!", "P@ssw0rd26!", "qwerty123", "Summer2026!", "iloveyou", "letmein_1"),
+        *(
+            "12345678",
+            "1234567890",
+            "87654321",
+            "00000000",
+            "12121212",
+            "abcabcabc",
+            "testtest",
+            "a1b2c3d4",
+            "1qaz2wsx",
+        ),
+    ],
+)
+def test_is_common_password_finds_common_passwords(password):
+    assert is_common_password(password)
+
+
+@pytest.mark.parametrize(
+    "password", ["correct horse battery staple", "passwordless", "my password", "83920174", "Xk3#9vLq", "aa839201", ""]
+)
+def test_is_common_password_accepts_other_passwords(password):
+    assert not is_common_password(password)
+
+
+# Hashing under gevent
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("bool(hash_password('word'))", "True"),
+        ("verify_password(password_hash, 'word')", "True"),
+        ("verify_password(None, 'word')", "False"),
+    ],
+)
+def test_hashing_does_not_stop_the_event_loop(call, result):
+    assert run_gevent(f"""
+password_hash = generate_password_hash("word", "pbkdf2:sha256:1")
+gevent.spawn(print, "another greenlet")
+print({call})
+""") == ["another greenlet", result]
+
+
+def test_verify_password_with_unreadable_hash_prints_no_traceback():
+    assert run_gevent("print(verify_password('pbkdf2:sha256:x$salt$00', 'word'))") == ["False"]
+
+
+def test_run_in_threadpool_raises_the_error_of_the_function():
+    assert run_gevent("""
+gevent.get_hub().exception_stream = None
+errors = []
+for _ in range(1000):
+    try:
+        run_in_threadpool(int, "x")
+    except ValueError as error:
+        errors.append(error)
+print(len(errors))
+""") == ["1000"]
+
+
+def test_run_in_threadpool_leaves_the_threads_of_name_lookups_alone():
+    assert run_gevent("""
+for _ in range(20):
+    gevent.spawn(run_in_threadpool, block)
+gevent.sleep(0.1)
+print(gevent.get_hub().threadpool.apply(str, ("found",)))
+lock.release()
+""") == ["found"]
+
+
+def test_run_in_threadpool_uses_one_thread_per_core_and_refuses_a_long_queue():
+    started, refused, error, after = run_gevent("""
+gevent.get_hub().exception_stream = None
+calls = [gevent.spawn(run_in_threadpool, block) for _ in range(security.THREADS * 100)]
+while len(started) < security.THREADS:
+    gevent.sleep(0.01)
+gevent.sleep(0.1)
+print(len(started))
+print(sum(call.ready() for call in calls))
+try:
+    run_in_threadpool(str)
+except ServiceUnavailable as error:
+    print(error.code, error.description, error.retry_after)
+lock.release()
+gevent.joinall(calls)
+print(run_in_threadpool(str, "finished"))
+""")
+    assert int(started) == os.cpu_count()
+    assert 0 < int(refused) < os.cpu_count() * 100
+    assert error == "503 The server is busy, try again later 5"
+    assert after == "finished"
+
+
+def test_run_in_threadpool_works_in_a_forked_process():
+    assert run_gevent("""
+print(run_in_threadpool(str, "parent"), flush=True)
+if os.fork() == 0:
+    print(run_in_threadpool(str, "child"), flush=True)
+    os._exit(0)
+print(os.wait()[1])
+""") == ["parent", "child", "0"]
+
+
+# Client addresses
+
+
+@pytest.mark.parametrize(
+    ("remote_addr", "expected"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1:50000", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::/64"),
+        ("2001:DB8:0:0:ffff::2", "2001:db8::/64"),
+        ("2001:db8:0:1::1", "2001:db8:0:1::/64"),
+        ("[2001:db8::1]", "2001:db8::/64"),
+        ("[2001:db8::1]:443", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::1", "::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("[::ffff:c000:201]:443", "192.0.2.1"),
+        ("unix:", "unix:"),
+        ("[", "["),
+        ("192.0.2.256", "192.0.2.256"),
+        ("unknown", "unknown"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_client_address_is_normalised(app, remote_addr, expected):
+    with request_from(app, remote_addr):
+        assert client_address() == expected
+
+
+# Rate limits
+
+
+def test_check_does_not_count(app):
+    with request_from(app):
+        for _ in range(5):
+            rate_limiter.check(parse("1 per minute"), "key")
+
+
+def test_check_and_record_with_used_up_limit_abort_with_429(app):
+    limit = parse("2 per minute")
+    with request_from(app):
+        rate_limiter.record(limit, "key")
+        rate_limiter.check(limit, "key")
+        rate_limiter.record(limit, "key")
+        for call in (rate_limiter.check, rate_limiter.record):
+            with pytest.raises(TooManyRequests, match="Too many attempts, try again later") as caught:
+                call(limit, "key")
+            assert 1 <= caught.value.retry_after <= 60
+
+
+def test_record_after_retry_after_is_accepted(app):
+    limit = parse("1 per second")
+    with request_from(app):
+        rate_limiter.record(limit, "key")
+        with pytest.raises(TooManyRequests) as caught:
+            rate_limiter.record(limit, "key")
+        time.sleep(caught.value.retry_after)
+        rate_limiter.record(limit, "key")
+
+
+def test_record_counts_each_key_apart(app):
+    limit = parse("1 per minute")
+    with request_from(app):
+        rate_limiter.record(limit, "a", "b")
+        rate_limiter.record(limit, "a", "c")
+        rate_limiter.record(limit, "b", "b")
+
+
+def test_record_counts_each_app_apart(app):
+    limit = parse("1 per minute")
+    for each in (app, create_app()):
+        with request_from(each):
+            rate_limiter.record(limit, "key")
+
+
+def test_concurrent_records_never_exceed_the_limit(app):
+    def record(number):
+        with request_from(app):
+            try:
+                rate_limiter.record(parse("7 per minute"), "key")
+                return True
+            except TooManyRequests:
+                return False
+
+    assert sum(run_concurrently(30, record)) == 7
+
+
+# Logins
+
+
+def test_verify_login_returns_whether_the_password_is_right(app):
+    user = create_user()
+    assert log_in(app, user=user, password="right") is True
+    assert log_in(app, user=user, password="wrong") is False
+    assert log_in(app, user=None, password="right") is False
+
+
+@pytest.mark.parametrize("user", [None, create_user()])
+def test_verify_login_after_too_many_failures_returns_429_for_the_right_password(app, user):
+    assert [log_in(app, user=user) for _ in range(4)] == [False, False, False, 429]
+    assert log_in(app, user=create_user(), password="right") == 429
+
+
+def test_verify_login_after_failures_elsewhere_succeeds(app):
+    for _ in range(4):
+        log_in(app, address="192.0.2.2")
+        log_in(app, username="bob")
+    assert log_in(app, user=create_user(), password="right") is True
+
+
+def test_verify_login_counts_an_ipv6_network_as_one_address(app):
+    assert [log_in(app, address=f"2001:db8::{number}") for number in range(4)] == [False, False, False, 429]
+
+
+def test_verify_login_does_not_count_successes_as_failures(app):
+    user = create_user()
+    passwords = ["right", "wrong", "right", "right", "wrong", "right", "right", "wrong", "right"]
+    results = [log_in(app, user=user, password=password) for password in passwords]
+    assert results == [True, False, True, True, False, True, True, False, 429]
+
+
+def test_verify_login_limits_all_attempts_of_an_address(app):
+    user = create_user()
+    for number in range(15):
+        assert log_in(app, user=user, password="right") is True
+        assert log_in(app, username=f"name {number}") is False
+    assert log_in(app, user=user, password="right") == 429
+    assert log_in(app, username="bob") == 429
+    assert log_in(app, user=user, password="right", address="192.0.2.2") is True
+
+
+def test_verify_login_refused_for_a_username_does_not_count_for_the_address(app):
+    for _ in range(40):
+        log_in(app)
+    assert log_in(app, username="bob", user=create_user(), password="right") is True
+
+
+def test_concurrent_wrong_guesses_are_answered_up_to_the_limit(app):
+    user = create_user()
+    results = run_concurrently(24, lambda number: log_in(app, user=user, password=f"guess {number}"))
+    assert sorted(results) == [False] * 3 + [429] * 21
+
+
+def test_right_guess_is_not_answered_when_concurrent_guesses_used_up_the_limit(app):
+    class User:
+        id = 7
+
+        @property
+        def password_hash(self):
+            """Three other guesses are answered after this one passed the check."""
+            assert [log_in(app) for _ in range(3)] == [False] * 3
+            return generate_password_hash("right", METHOD)
+
+    assert log_in(app, user=User(), password="right") == 429
+
+
+# The log
+
+
+def test_failed_login_of_a_user_logs_address_and_id(app, caplog):
+    assert log_in(app, username="ada", user=create_user()) is False
+    [record] = caplog.records
+    assert (record.levelname, record.getMessage()) == ("WARNING", "Failed login from 192.0.2.1: user 7")
+
+
+def test_successful_login_logs_nothing(app, caplog):
+    assert log_in(app, user=create_user(), password="right") is True
+    assert caplog.records == []
+
+
+def test_failed_login_with_unknown_username_logs_a_keyed_hash(caplog):
+    apps = [create_app(), create_app(), create_app(SECRET_KEY="other" * 8)]
+    for app in apps:
+        with request_from(app):
+            log_failed_login("my secret", None)
+    first, same, other = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch("Failed login from 192.0.2.1: unknown username [0-9a-f]{16}", first)
+    assert first == same != other
