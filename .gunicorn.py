@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import ssl
 import sys
 import termios
@@ -13,15 +12,15 @@ from functools import partial
 from http import HTTPStatus
 
 import gevent
+from gevent.socket import wait_write
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
 from gunicorn.workers.ggevent import GeventWorker
 
-# Seconds. The first four are totals: a client that sends a byte now and then gains nothing.
+# Seconds. The first three are totals: a client that sends a byte now and then gains nothing.
 TLS_HANDSHAKE_TIMEOUT = 10
 REQUEST_HEAD_TIMEOUT = 10
 REQUEST_BODY_TIMEOUT = 60
-REPLY_GRACE_TIMEOUT = 8  # from SIGTERM on, for replies in progress
 SEND_TIMEOUT = 30  # without progress, so that a slow reader is served however long it takes
 SEND_CHECK_INTERVAL = 5
 
@@ -29,6 +28,8 @@ MAX_HEAD_SIZE = 32 * 1024  # bytes of all header fields, as in nginx
 
 keepalive = 5  # seconds until the next request
 graceful_timeout = 12  # seconds from SIGTERM until the master kills its workers
+REPLY_MARGIN = 4  # seconds before that at which the replies still in progress are ended and stored
+CONNECTION_MARGIN = 3  # seconds before that at which the connections still open are closed
 control_socket_disable = True  # nothing here uses it, and it would be one more way in
 sendfile = False  # os.sendfile would bypass SEND_TIMEOUT
 
@@ -58,7 +59,7 @@ Connection: close\r
 Content-Type: application/json\r
 Cache-Control: no-store\r
 Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r
-Cross-Origin-Resource-Policy: same-origin\r
+Cross-Origin-Resource-Policy: cross-origin\r
 Referrer-Policy: no-referrer\r
 X-Content-Type-Options: nosniff\r
 """
@@ -78,20 +79,20 @@ class ClientConnection:
     def __init__(self, sock):
         self.sock = sock
         self.is_ended = False
-        self.start_head()
+        self.start_head(REQUEST_HEAD_TIMEOUT)
 
     def __getattr__(self, name):
         return getattr(self.sock, name)
 
     def start_body(self):
         """Set the deadline for the body of the request whose head was read."""
-        self.is_reading_head = False
+        self.is_reading_head = self.is_idle = False
         self.deadline = time.monotonic() + REQUEST_BODY_TIMEOUT
 
-    def start_head(self):
-        """Set the deadline for the first byte of the next request."""
+    def start_head(self, timeout):
+        """Set the deadline for the first byte of the next request; the rest of its head has REQUEST_HEAD_TIMEOUT."""
         self.is_reading_head = self.is_idle = True
-        self.deadline = time.monotonic() + keepalive
+        self.deadline = time.monotonic() + timeout
 
     def recv(self, size, flags=0):
         """Receive some bytes, none at the end.
@@ -132,27 +133,33 @@ class ClientConnection:
         Raises ConnectionResetError if the connection is lost, or if the client takes nothing for SEND_TIMEOUT.
         """
         self.sock.settimeout(0)
+        deadline = time.monotonic() + SEND_TIMEOUT
         try:
-            with suppress(BlockingIOError):
-                if sent := self.sock.send(data, flags):
-                    return sent
-            return self.send_when_ready(data, flags)
+            while not (sent := self.send_available(data, flags)) and data:
+                if self.wait_for_progress():
+                    deadline = time.monotonic() + SEND_TIMEOUT
+                elif time.monotonic() > deadline:
+                    raise connection_lost()
         except OSError as error:
             raise connection_lost() from error
+        return sent
 
-    def send_when_ready(self, data, flags):
-        """Wait until there is room in the kernel's buffer, and send some of the data."""
-        self.sock.settimeout(SEND_CHECK_INTERVAL)
-        unsent, deadline = self.count_unsent_bytes(), time.monotonic() + SEND_TIMEOUT
-        while True:
-            with suppress(TimeoutError):
-                return self.sock.send(data, flags)
-            # The kernel reports room only when a third of its buffer is free: a slow reader makes progress before.
-            previous, unsent = unsent, self.count_unsent_bytes()
-            if unsent < previous:
-                deadline = time.monotonic() + SEND_TIMEOUT
-            elif time.monotonic() > deadline:
-                raise connection_lost()
+    def send_available(self, data, flags):
+        """Send as much as fits into the kernel's buffer now, and return how much."""
+        try:
+            return self.sock.send(data, flags)
+        except BlockingIOError:
+            return 0
+
+    def wait_for_progress(self):
+        """Wait for room in the kernel's buffer; return whether the client has taken some bytes.
+
+        There may be progress without room: the kernel reports room only when a third of its buffer is free.
+        """
+        unsent = self.count_unsent_bytes()
+        with suppress(TimeoutError):
+            wait_write(self.sock.fileno(), SEND_CHECK_INTERVAL)
+        return self.count_unsent_bytes() < unsent
 
     def sendall(self, data, flags=0):
         """Send all of the data. Raises ConnectionResetError as send() does."""
@@ -176,20 +183,20 @@ class Worker(GeventWorker):
     """Gunicorn's gevent worker, with time limits for clients, JSON errors, and time for replies to finish."""
 
     shutdown_deadline = None
+    is_quitting = False
+
+    def init_process(self):
+        """Divide the grace period between replies and connections, and start."""
+        self.reply_grace_timeout = max(0, self.cfg.graceful_timeout - REPLY_MARGIN)
+        self.cfg.set("graceful_timeout", max(0, self.cfg.graceful_timeout - CONNECTION_MARGIN))
+        super().init_process()
 
     def timeout_ctx(self):
         """Leave the time limits to ClientConnection: this one includes the head of the next request."""
         return nullcontext()
 
     def handle(self, listener, client, addr):
-        """Serve a connection, after its TLS handshake if it has one."""
-        if isinstance(client, ssl.SSLSocket):
-            try:
-                with gevent.Timeout(TLS_HANDSHAKE_TIMEOUT, TimeoutError):
-                    client.do_handshake()
-            except OSError as error:
-                self.log.debug("TLS handshake failed: %s", type(error).__name__)
-                return
+        """Serve a connection."""
         super().handle(listener, ClientConnection(client), addr)
 
     def handle_request(self, listener_name, req, sock, addr):
@@ -198,7 +205,7 @@ class Worker(GeventWorker):
         try:
             return super().handle_request(listener_name, req, sock, addr)
         finally:
-            sock.start_head()
+            sock.start_head(self.cfg.keepalive)
             if not self.alive:
                 self.start_shutdown()
 
@@ -223,31 +230,33 @@ class Worker(GeventWorker):
         super().handle_exit(sig, frame)
         self.start_shutdown()
 
+    def handle_quit(self, sig, frame):
+        """Handle SIGINT and SIGQUIT. Ctrl-C sends both, and the second must not interrupt the end of the first."""
+        if not self.is_quitting:
+            self.is_quitting = True
+            super().handle_quit(sig, frame)
+
     def start_shutdown(self):
-        """Start the time that replies in progress have to finish."""
+        """Start the grace period of the replies in progress. When it is over, their followers read how they ended."""
         if self.shutdown_deadline is None:
-            self.shutdown_deadline = time.monotonic() + REPLY_GRACE_TIMEOUT
-            # Clients that follow a reply read its end, and their connections are closed in time.
-            gevent.spawn_later(REPLY_GRACE_TIMEOUT, shut_down_replies, 0)
+            self.shutdown_deadline = time.monotonic() + self.reply_grace_timeout
+            gevent.spawn_later(self.reply_grace_timeout, self.shut_down_replies, 0)
+
+    def shut_down_replies(self, timeout):
+        """Wait at most `timeout` seconds for the replies in progress, then store the others as they are."""
+        self.wsgi.extensions["replies"].shutdown(timeout)
 
     def run(self):
         """Serve until the worker is told to end, then wait for the replies in progress, which need no connection.
 
-        SIGINT and SIGQUIT raise SystemExit here: then the replies are stored as they are.
+        SIGINT and SIGQUIT raise SystemExit here.
         """
         try:
             super().run()
             self.start_shutdown()
-            shut_down_replies(max(0, self.shutdown_deadline - time.monotonic()))
+            self.shut_down_replies(max(0, self.shutdown_deadline - time.monotonic()))
         finally:
-            shut_down_replies(0)
-
-
-def shut_down_replies(timeout):
-    """Wait at most `timeout` seconds for the replies in progress, then store the rest as they are."""
-    from app import replies  # not before gevent has patched the worker
-
-    replies.shutdown(timeout)
+            self.shut_down_replies(0)
 
 
 def get_error_status(error):
@@ -288,14 +297,16 @@ def pre_request(worker, req):
 
 
 def ssl_context(config, default_ssl_context_factory):
-    """Return a TLS context that leaves the handshake to Worker.handle, where it has a deadline."""
+    """Return a TLS context whose handshakes have a deadline."""
     context = default_ssl_context_factory()
-    context.wrap_socket = partial(context.wrap_socket, do_handshake_on_connect=False)
+    context.wrap_socket = partial(wrap_socket, context.wrap_socket)
     return context
 
 
-def post_fork(server, worker):
-    """Prepare a new worker."""
-    os.umask(0o077)  # the files of the database are for this user alone
-    # Connections are closed before the master kills the worker. Replies have ended a second before.
-    worker.cfg.set("graceful_timeout", REPLY_GRACE_TIMEOUT + 1)
+def wrap_socket(context_wrap_socket, client, **options):
+    """Return the TLS socket of a client. If the handshake fails or takes too long, end the connection's greenlet."""
+    try:
+        with gevent.Timeout(TLS_HANDSHAKE_TIMEOUT, TimeoutError):
+            return context_wrap_socket(client, **options)
+    except OSError:
+        raise gevent.GreenletExit from None  # the one exception that gevent does not report with a traceback

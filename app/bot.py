@@ -104,7 +104,7 @@ def split_words(text):
 
 
 def fit_history(history, max_chars):
-    """Return the latest whole turns of a history that have at most `max_chars` characters, and at least the new message.
+    """Return the latest whole turns of a history within `max_chars` characters, but always the new message.
 
     The result begins with the user and alternates: consecutive messages of one sender are joined by a blank line.
     """

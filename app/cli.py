@@ -22,7 +22,11 @@ DEMO = {
     "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
     "barbara": {"A first draft": []},
 }
-DEMO_STATUSES = {"A reply that failed": "failed", "A reply that was stopped": "stopped", "A reply cut short": "truncated"}
+DEMO_STATUSES = {
+    "A reply that failed": "failed",
+    "A reply that was stopped": "stopped",
+    "A reply cut short": "truncated",
+}
 
 
 @click.command()
@@ -62,7 +66,7 @@ def create_conversation(name, texts, last_status="complete"):
 def users():
     """List the users, and who has logged in and not out since."""
     try:
-        rows, _ = User.list_status()
+        rows, _ = User.list_status(valid_from=datetime(1970, 1, 1, tzinfo=UTC))
     except SQLAlchemyError as error:
         raise to_click_exception(error) from error
     for user in orjson.loads(rows):

@@ -201,7 +201,8 @@ def partial_index(condition):
 def engine_options(url):
     """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL; times are in seconds."""
     if url.startswith("sqlite"):
-        return {"connect_args": {"timeout": 0}}  # begin_immediate() waits instead
+        # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
+        return {"connect_args": {"timeout": 0}, "max_overflow": -1}
     return {"connect_args": {"connect_timeout": 5}, "pool_timeout": 10, "pool_pre_ping": True}
 
 

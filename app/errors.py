@@ -59,8 +59,8 @@ def to_http_exception(error):
         return error
     if isinstance(error, BotError):
         return bot_exception(error)
-    if isinstance(error, StaleDataError):  # another request deleted the row just before
-        return NotFound()
+    if isinstance(error, StaleDataError):  # another request deleted the conversation just before
+        return NotFound("Conversation not found")
     if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
         current_app.logger.error("%s (%s)", message, " ".join(str(getattr(error, "orig", error)).split()))
         return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)

@@ -6,21 +6,59 @@ import secrets
 import time
 from urllib.parse import quote
 
-from flask import abort, current_app, g, request
+import orjson
+from flask import abort, current_app, g, has_app_context, request
+from flask.logging import default_handler
 from werkzeug.exceptions import HTTPException
 
 from app.database import SAFE_METHODS
 
 CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
 HSTS_MAX_AGE = 31536000  # seconds: a year
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 UNLOGGED_ENDPOINTS = ("auth.health",)
 logger = logging.getLogger("app.requests")
 
 
+class TextFormatter(logging.Formatter):
+    """A line of text for each record, with the id of the request that it belongs to."""
+
+    default_msec_format = None
+
+    def format(self, record):
+        record.request_id = get_request_id(record)
+        return super().format(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object in one line for each record."""
+
+    def format(self, record):
+        fields = {
+            "time": self.formatTime(record, self.datefmt),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": get_request_id(record),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(fields).decode()
+
+
 def init_app(app):
-    """Register the hooks."""
+    """Register the hooks, and set the format of the log."""
     app.before_request(before_request)
     app.after_request(after_request)
+    app.logger.setLevel(logging.INFO)
+    formatter = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
+    default_handler.setFormatter(formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT))
+
+
+def get_request_id(record):
+    """Return the id of the request that a log record belongs to, or "-"."""
+    return getattr(record, "request_id", None) or (g.get("request_id", "-") if has_app_context() else "-")
 
 
 def before_request():
@@ -85,9 +123,12 @@ def after_request(response):
 
 
 def log_request(response):
-    """Log the request in one line: method, path, status, milliseconds, the user's id."""
-    milliseconds = (time.perf_counter() - g.started_at) * 1000
-    user_id = g.get("user_id", "-")
-    logger.info(
-        "%s %s %d %.1f ms user=%s", request.method, quote(request.path), response.status_code, milliseconds, user_id
-    )
+    """Log the request: method, path, status, milliseconds, and the user's id."""
+    fields = {
+        "method": request.method,
+        "path": quote(request.path),
+        "status": response.status_code,
+        "duration_ms": round((time.perf_counter() - g.started_at) * 1000, 1),
+        "user_id": g.get("user_id"),
+    }
+    logger.info("%s %s %d %.1f ms user=%s", *fields.values(), extra={"fields": fields})

@@ -8,7 +8,7 @@ from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
@@ -54,14 +54,12 @@ class Reply:
         return self.length < MAX_REPLY_CHARS
 
     def end(self, status, error=None):
-        """Set how the reply ended; return False if it has ended before. A bot that offers it is cancelled."""
+        """Set how the reply ended; return False if it has ended before."""
         with self.changed:
             if self.status != "in_progress":
                 return False
             self.status, self.error = status, error
             self.changed.notify_all()
-        if cancel := getattr(self.source, "cancel", None):
-            cancel()
         return True
 
     def set_stored(self, is_deleted=False):
@@ -75,35 +73,42 @@ class Reply:
 
         Ends when the end of the reply is stored. Raises the reply's error if the reply was deleted.
         """
-        index = 0
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: len(self.chunks) > index or self.status != "in_progress", SILENCE_INTERVAL)
-                text, index = "".join(self.chunks[index:]), len(self.chunks)
-                if not text and self.status != "in_progress":
-                    return self.wait_until_stored()
+        count, is_over = 0, False
+        while not is_over:
+            chunks, is_over = self.wait_for_chunks(count)
+            count += len(chunks)
+            text = "".join(chunks)
             skipped, offset = offset, max(0, offset - len(text))
             if text[skipped:]:
                 yield text[skipped:]
-            elif not text:
+            elif not text and not is_over:
                 yield None
+        self.wait_until_stored()
+
+    def wait_for_chunks(self, count):
+        """Return the chunks after the first `count`, and whether there will be no more; wait for SILENCE_INTERVAL."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.chunks) > count or self.status != "in_progress", SILENCE_INTERVAL)
+            return self.chunks[count:], self.status != "in_progress"
 
     def wait_until_stored(self):
-        """Wait for the end of the reply to be stored, and raise its error if it was deleted; holds the condition."""
-        if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
-            raise ServiceUnavailable("The database is unavailable, try again later", retry_after=2)
-        if self.is_deleted:
-            raise self.error
+        """Wait until the end of the reply is stored. Raises the reply's error if the reply was deleted."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
+                raise ServiceUnavailable("The database is unavailable, try again later", retry_after=2)
+            if self.is_deleted:
+                raise self.error or NotFound("Conversation not found")
 
     def is_discarded(self):
         """Return whether the exchange is to be deleted: the bot failed before its first chunk."""
         if self.status != "failed" or self.length:
             return False
-        return self.exchange.replaces_id is not None or not isinstance(self.error, HTTPException)
+        return self.exchange.replaces_id is not None or not isinstance(self.error, NotFound | ServiceUnavailable)
 
     def to_row(self):
         """Return what save_replies() stores."""
-        return self.exchange.conversation_id, self.id, "".join(self.chunks), self.status
+        status = self.status  # before the text, which is whole once the reply has ended
+        return self.exchange.conversation_id, self.id, "".join(self.chunks), status
 
     def to_list(self):
         """Return the exchange as the API shows it."""
@@ -121,7 +126,11 @@ class StoredReply:
     def load(self, offset=0):
         """Return a row: text from a character on, status, and whether the process that generated it was killed."""
         is_abandoned = Message.heartbeat_at < utcnow(-HEARTBEAT_TIMEOUT)
-        columns = func.substr(Message.text, offset + 1).label("text"), Message.status, is_abandoned.label("is_abandoned")
+        columns = (
+            func.substr(Message.text, offset + 1).label("text"),
+            Message.status,
+            is_abandoned.label("is_abandoned"),
+        )
         with self.engine.connect() as connection:
             row = connection.execute(select(*columns).where(Message.id == self.exchange.reply["id"])).one_or_none()
         if row is None:
@@ -236,16 +245,14 @@ class ReplyManager:
         for reply in list(self.replies.values()):
             self.end(reply, "failed", ServiceUnavailable("The server was stopped", retry_after=2))
         deadline = time.monotonic() + 2  # to store them
-        while self.replies and time.monotonic() < deadline:
+        while self.is_storing and time.monotonic() < deadline:
+            self.wakeup.set()
             time.sleep(0.01)
 
     def generate(self, reply):
         """Run the bot, pass its chunks on to the reply, and end it."""
-        try:
-            status, error = self.run_bot(reply)
-        finally:
-            if close := getattr(reply.source, "close", None):
-                close()
+        status, error = self.run_bot(reply)
+        self.call_source(reply, "close")
         if not reply.length and not error:
             error = BotError("the reply is empty")
         self.end(reply, "failed" if error else status, error)
@@ -262,9 +269,18 @@ class ReplyManager:
                     return "truncated", None
         except BotTruncated:
             return "truncated", None
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too, must not leave a reply in progress
             return "failed", error
         return "complete", None
+
+    def call_source(self, reply, name):
+        """Call the method `close` or `cancel` of what the bot returned, if it has that."""
+        try:
+            if method := getattr(reply.source, name, None):
+                method()
+        except BaseException as error:
+            extra = {"request_id": reply.request_id}
+            self.app.logger.error("The bot's %s() failed", name, exc_info=error, extra=extra)
 
     def append(self, reply, chunk):
         """Add a chunk to a reply; return False if the reply takes no more. The first chunk of an edit applies it."""
@@ -288,10 +304,12 @@ class ReplyManager:
         extra = {"request_id": reply.request_id}
         if isinstance(error, BotError):
             self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, error, extra=extra)
-        elif error and not isinstance(error, HTTPException):
+        elif error and not isinstance(error, HTTPException | SQLAlchemyError):
             self.app.logger.error("The reply failed", exc_info=error, extra=extra)
+            reply.error = InternalServerError()
         self.ended.append(reply)
         self.wakeup.set()
+        self.call_source(reply, "cancel")
 
     def store_in_background(self):
         """Store the replies until there are none for POLL_INTERVAL."""
@@ -307,7 +325,7 @@ class ReplyManager:
                 self.app.logger.log(level, "Replies cannot be stored, trying again", exc_info=error)
                 time.sleep(POLL_INTERVAL)
             with self.lock:
-                is_busy = self.is_storing = is_woken or bool(self.replies)
+                is_busy = self.is_storing = bool(self.replies) or (is_woken and not self.is_shutting_down)
 
     def store(self):
         """Store the replies that have ended; at each POLL_INTERVAL, look after those in progress."""

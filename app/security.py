@@ -93,12 +93,12 @@ def client_address():
     else:
         host = address.partition(":")[0] if address.count(":") == 1 else address
     try:
-        ip = ipaddress.ip_address(host.partition("%")[0])
+        ip = ipaddress.ip_address(host)
     except ValueError:
         return address
     if ip.version == 4:
         return str(ip)
-    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
+    return str(ip.ipv4_mapped or ipaddress.IPv6Network((int(ip), 64), strict=False))
 
 
 class RateLimiter:

@@ -5,8 +5,7 @@ import unicodedata
 
 import orjson
 from flask import abort, request
-
-from werkzeug.routing import BaseConverter, ValidationError
+from werkzeug.routing import BaseConverter
 
 from app.database import MAX_ID
 
@@ -109,5 +108,5 @@ class IdConverter(BaseConverter):
     def to_python(self, value):
         id = int(value)
         if id > MAX_ID:
-            raise ValidationError
+            abort(404)  # for ValidationError, Werkzeug may answer 405
         return id

@@ -1,5 +1,6 @@
 """The fixtures: an application on each database, logged-in clients, and the program served by `python run.py`."""
 
+import hashlib
 import os
 import secrets
 import sqlite3
@@ -17,12 +18,14 @@ from config import SETTINGS
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
 from app import create_app, db
-from tests.helpers.server import Server
+from tests.helpers.bots import Gate, ScriptedBot
+from tests.helpers.server import Server, run_all
 
 PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"
 SERVER_URL = os.environ.get("TEST_DATABASE_URL")
 needs_postgresql = pytest.mark.skipif(not SERVER_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
+SHARED_SESSIONS = {"SECRET_KEY": "shared by all processes, for tests only", "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
 DATABASES = ["sqlite", pytest.param("postgresql", marks=needs_postgresql)]
 
 
@@ -53,13 +56,41 @@ class Client(FlaskClient):
     def send_message(self, conversation_id, text="Hello", **kwargs):
         return self.post(f"/api/conversations/{conversation_id}/messages", json={"text": text}, **kwargs)
 
+    def list_conversations(self, **parameters):
+        """Return the conversations that the API lists with these query parameters."""
+        response = self.get("/api/conversations", query_string=parameters)
+        assert response.status_code == 200, response.json
+        return response.json
+
     def list_messages(self, conversation_id):
         """Return all messages of a conversation."""
         return self.get(f"/api/conversations/{conversation_id}").json["messages"]
 
+    def get_message(self, conversation_id, message_id, **kwargs):
+        return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}", **kwargs)
+
+    def edit_message(self, conversation_id, message_id, text, **kwargs):
+        path = f"/api/conversations/{conversation_id}/messages/{message_id}"
+        return self.put(path, json={"text": text}, **kwargs)
+
+    def follow_reply(self, conversation_id, message_id, **kwargs):
+        return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}/events", **kwargs)
+
+    def stop_reply(self, conversation_id, message_id):
+        return self.post(f"/api/conversations/{conversation_id}/messages/{message_id}/stop")
+
     @property
     def session_cookie(self):
         return self.get_cookie("chatbot_session").value
+
+    def get_statuses(self):
+        """Return "Online" or "Offline" for each username."""
+        return {user["username"]: user["status"] for user in self.get("/api/users/status").json["users"]}
+
+
+def echo(history, **kwargs):
+    """A bot that replies with the user's message."""
+    return [history[-1][1]]
 
 
 def migrate(url):
@@ -160,6 +191,49 @@ def create_logged_in_client(app, username):
     return client
 
 
+def create_other_client(client, app=None):
+    """Return a client with the same session, of another application with the same SECRET_KEY if one is given."""
+    other = (app or client.application).test_client()
+    other.set_cookie("chatbot_session", client.session_cookie)
+    other.user_id = client.user_id
+    return other
+
+
+def log_in(app, username="ada", password=PASSWORD):
+    """Return a client with a session of a user who has signed up."""
+    client = app.test_client()
+    assert client.login(username, password).status_code == 200
+    return client
+
+
+def can_log_in(app, password, username="ada"):
+    return app.test_client().login(username, password).status_code == 200
+
+
+class HashingHook:
+    """Calls a function in another thread while the next password is hashed; `results` gets what it returned."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.pbkdf2_hmac = hashlib.pbkdf2_hmac
+        self.results = []
+
+    def __call__(self, func):
+        self.func = func
+        self.monkeypatch.setattr(hashlib, "pbkdf2_hmac", self.run_and_hash)
+
+    def run_and_hash(self, *args):
+        self.monkeypatch.setattr(hashlib, "pbkdf2_hmac", self.pbkdf2_hmac)
+        self.results += run_all(self.func)
+        return self.pbkdf2_hmac(*args)
+
+
+@pytest.fixture
+def while_hashing(monkeypatch):
+    """A function that has another one called, in another thread, while the next password is hashed."""
+    return HashingHook(monkeypatch)
+
+
 @pytest.fixture
 def ada(app):
     """A client with the session of ada."""
@@ -170,6 +244,20 @@ def ada(app):
 def bob(app):
     """A client with the session of bob."""
     return create_logged_in_client(app, "bob")
+
+
+@pytest.fixture
+def bot():
+    """A bot for make_app() whose steps a test may change."""
+    return ScriptedBot("Hello ", "there.")
+
+
+@pytest.fixture
+def gate():
+    """An event for which a bot can wait in the middle of a reply; set at the end of the test."""
+    gate = Gate()
+    yield gate
+    gate.set()
 
 
 @pytest.fixture

@@ -1,381 +1,329 @@
-"""One's own account: a new password, and the end of it all."""
+"""Changing the password and deleting the account."""
 
 import pytest
-from sqlalchemy import event, func
+from sqlalchemy import event, func, select
 
 from app import db
 from app.models import Conversation, Message, User
-from app.models.user import verify_password
-from tests.conftest import PASSWORD, newcomer, statements
-from tests.serving import crowd
+from tests.conftest import (
+    CHEAP_HASH,
+    PASSWORD,
+    can_log_in,
+    create_logged_in_client,
+    create_other_client,
+    echo,
+    log_in,
+    needs_postgresql,
+)
+from tests.helpers.server import run_all, run_concurrently
 
-NEW = "battery staple"
-CHANGED = (200, {"message": "Password changed successfully"})
-WRONG = (403, {"error": "Wrong password"})
+NEW_PASSWORD = "battery staple"
+PASSWORD_CHANGED = (200, {"message": "Password changed successfully"})
+WRONG_PASSWORD = (403, {"error": "Wrong password"})
 LOGIN_REQUIRED = (401, {"error": "Login required"})
 
 
-def answer(response):
+def change_password(client, password=PASSWORD, new_password=NEW_PASSWORD):
+    body = {"current_password": password, "new_password": new_password}
+    response = client.put("/api/password", json=body)
     return response.status_code, response.json
 
 
-def change(client, current=PASSWORD, new=NEW):
-    return client.put("/api/password", json={"current_password": current, "new_password": new})
+def delete_account(client, password=PASSWORD):
+    response = client.delete("/api/account", json={"password": password})
+    return response.status_code, response.json
 
 
-def leave(client, password=PASSWORD):
-    return client.delete("/api/account", json={"password": password})
+def log_out(client):
+    response = client.logout()
+    return response.status_code, response.json
 
 
-ACTS = pytest.mark.parametrize("act", [change, leave])
+both_calls = pytest.mark.parametrize("call", [change_password, delete_account])
 
 
-def device(app, username="ada", password=PASSWORD):
-    client = app.test_client()
-    assert client.login(username, password).status_code == 200
-    return client
-
-
-def holder(app, cookie, user_id=None):
-    client = app.test_client()
-    client.set_cookie("session", cookie)
-    client.user_id = user_id
-    return client
-
-
-def lets_in(app, password, username="ada"):
-    return app.test_client().login(username, password).status_code == 200
-
-
-def rows(app):
-    """Count the users, the conversations and the messages."""
+def count_rows(app):
+    """Return how many users, conversations and messages there are."""
     with app.app_context():
-        return [
-            db.session.scalar(db.select(func.count()).select_from(table)) for table in (User, Conversation, Message)
-        ]
+        return [db.session.scalar(select(func.count()).select_from(model)) for model in (User, Conversation, Message)]
 
 
 @pytest.fixture
-def meanwhile(monkeypatch):
-    """A function that has `act` done by another thread when the next password is checked but nothing is changed yet."""
-
-    def install(act):
-        def verify(*args):
-            monkeypatch.undo()
-            right = verify_password(*args)
-            crowd(1, lambda number: act())
-            return right
-
-        monkeypatch.setattr("app.routes.auth.verify_password", verify)
-
-    return install
+def app(make_app):
+    return make_app(echo)
 
 
-# A new password
+# Changing the password
 
 
-def test_a_new_password_ends_every_session_but_this_one(app, ada, bob):
-    before, phone = ada.session_cookie, device(app)
-    assert answer(change(ada)) == CHANGED
+def test_change_password_ends_all_sessions_but_this_one(app, ada, bob):
+    phone, copy = log_in(app), create_other_client(ada)
+    assert change_password(ada) == PASSWORD_CHANGED
     assert ada.is_logged_in()
     assert bob.is_logged_in()
     assert not phone.is_logged_in()
-    assert ada.session_cookie != before
-    assert not holder(app, before).is_logged_in()
-    assert [user["status"] for user in ada.get("/api/users/status").json["users"]] == ["Online", "Online"]
+    assert not copy.is_logged_in()
+    assert ada.get_statuses() == {"ada": "Online", "bob": "Online"}
 
 
-def test_the_session_that_goes_on_is_as_any_other(app, ada):
-    change(ada)
-    kept, phone = ada.session_cookie, device(app, password=NEW)
-    assert ada.send(ada.create()).status_code == 201
+def test_session_after_change_password_is_shared_and_ended_like_any_other(app, ada):
+    change_password(ada)
+    phone = log_in(app, password=NEW_PASSWORD)
+    copy = create_other_client(ada)
     assert ada.logout().status_code == 200
     assert not phone.is_logged_in()
-    assert not holder(app, kept).is_logged_in()
+    assert not copy.is_logged_in()
 
 
-def test_the_cookie_of_a_new_password_is_kept_as_long_as_one_of_a_login(app, ada):
-    login = ada.get_cookie("session")
-    change(ada)
-    cookie = ada.get_cookie("session")
-    assert abs((cookie.expires - login.expires).total_seconds()) < 60
-    assert (cookie.http_only, cookie.same_site, cookie.path) == (login.http_only, login.same_site, login.path)
+def test_change_password_sets_a_cookie_as_login_does(ada):
+    before = ada.get_cookie("chatbot_session")
+    change_password(ada)
+    cookie = ada.get_cookie("chatbot_session")
+    assert cookie.value != before.value
+    assert abs((cookie.expires - before.expires).total_seconds()) < 60
+    assert (cookie.http_only, cookie.same_site, cookie.path) == (before.http_only, before.same_site, before.path)
 
 
-def test_the_new_password_takes_the_old_one_s_place(app, ada):
-    change(ada)
-    assert not lets_in(app, PASSWORD)
-    assert lets_in(app, NEW)
-    assert answer(change(ada, PASSWORD, "third")) == WRONG
-    assert answer(change(ada, NEW, "third")) == CHANGED
-    assert lets_in(app, "third")
+def test_change_password_replaces_the_password(app, ada):
+    change_password(ada)
+    assert can_log_in(app, NEW_PASSWORD)
+    assert not can_log_in(app, PASSWORD)
+    assert change_password(ada, PASSWORD, "third") == WRONG_PASSWORD
+    assert change_password(ada, NEW_PASSWORD, "third") == PASSWORD_CHANGED
+    assert can_log_in(app, "third")
 
 
-def test_the_same_password_again_ends_the_other_sessions_too(app, ada):
-    phone = device(app)
-    assert answer(change(ada, new=PASSWORD)) == CHANGED
-    assert lets_in(app, PASSWORD)
+def test_change_password_to_the_same_one_ends_other_sessions(app, ada):
+    phone = log_in(app)
+    assert change_password(ada, new_password=PASSWORD) == PASSWORD_CHANGED
+    assert can_log_in(app, PASSWORD)
     assert not phone.is_logged_in()
 
 
-@ACTS
-def test_a_wrong_password_changes_nothing(app, ada, act):
-    cookie, phone = ada.session_cookie, device(app)
-    talk = ada.create()
-    ada.send(talk)
-    before = rows(app), ada.get("/api/users/status").json, ada.get("/api/conversations").json
-    for wrong in ("wrong", PASSWORD.upper(), f"{PASSWORD} ", PASSWORD[:-1]):
-        response = act(ada, wrong)
-        assert answer(response) == WRONG
-        assert "Set-Cookie" not in response.headers
-    assert (rows(app), ada.get("/api/users/status").json, ada.get("/api/conversations").json) == before
-    assert ada.session_cookie == cookie
-    assert phone.is_logged_in()
-    assert lets_in(app, PASSWORD)
-    assert not lets_in(app, NEW)
+@pytest.mark.parametrize(
+    "password", [" a ", "e\u0301", "\u00e9", "ﬁ", "😀" * 1024, "\ufeffa", "%s\\\"';--", "a" * 1024]
+)
+def test_change_password_accepts_any_visible_password(app, ada, password):
+    assert change_password(ada, new_password=password) == PASSWORD_CHANGED
+    assert can_log_in(app, password)
+    assert not can_log_in(app, password[:-1] or "x")
 
 
-def test_passwords_count_to_the_byte(app, ada):
-    current = PASSWORD
-    for new in (" a ", "e\u0301", "\u00e9", "ﬁ", "\U0001f600" * 1024, "\ufeffa", "%s\\\"';--", "a" * 1024):
-        assert answer(change(ada, current, new)) == CHANGED
-        assert lets_in(app, new)
-        assert not lets_in(app, current)
-        current = new
-    assert not lets_in(app, "a" * 1023)
+def test_password_min_length_applies_to_the_new_password_only(make_app):
+    create_logged_in_client(make_app(), "ada")
+    assert change_password(log_in(make_app()), new_password="a") == PASSWORD_CHANGED
+    ada = log_in(make_app(PASSWORD_MIN_LENGTH=8), password="a")
+    error = {"error": "new_password must be 8 to 1024 characters long and not blank"}
+    assert change_password(ada, "a", "b" * 7) == (400, error)
+    assert change_password(ada, "a", "Password1") == (400, {"error": "new_password is too common"})
+    assert change_password(ada, "b", NEW_PASSWORD) == WRONG_PASSWORD
+    assert change_password(ada, "a", NEW_PASSWORD) == PASSWORD_CHANGED
 
 
-def test_the_shortest_password_is_a_setting_for_the_new_one_only(make_app):
-    ada = newcomer(make_app(), "ada")
-    assert answer(change(ada, new="a")) == CHANGED
-    stricter = device(make_app(PASSWORD_MIN_LENGTH="8"), password="a")
-    refusal = (400, {"error": "new_password must be 8 to 1024 characters long and not blank"})
-    assert answer(change(stricter, "a", "b" * 7)) == refusal
-    assert answer(change(stricter, "b", "b" * 8)) == WRONG
-    assert answer(change(stricter, "a", "b" * 8)) == CHANGED
-    assert leave(stricter, "b" * 8).status_code == 204
-
-
-@pytest.mark.parametrize("method", ["pbkdf2:sha256:1", "pbkdf2:sha256:2"])
-def test_the_new_hash_is_of_the_cost_that_is_set(make_app, method):
-    newcomer(make_app(), "ada")
+@pytest.mark.parametrize("method", [CHEAP_HASH, "pbkdf2:sha256:2"])
+def test_change_password_hashes_with_the_configured_method(make_app, method):
+    create_logged_in_client(make_app(), "ada")
     app = make_app(PASSWORD_HASH_METHOD=method)
-    assert answer(change(device(app))) == CHANGED
+    assert change_password(log_in(app)) == PASSWORD_CHANGED
     with app.app_context():
-        assert User.named("ada").password_hash.startswith(f"{method}$")
-    assert lets_in(app, NEW)
+        assert User.get_by_username("ada").password_hash.startswith(f"{method}$")
+    assert can_log_in(app, NEW_PASSWORD)
 
 
-# What is refused
-
-FIELDS = [
-    ("PUT", "/api/password", {"current_password": PASSWORD, "new_password": NEW}, "current_password"),
-    ("PUT", "/api/password", {"current_password": PASSWORD, "new_password": NEW}, "new_password"),
-    ("DELETE", "/api/account", {"password": PASSWORD}, "password"),
-]
-NO_PASSWORDS = [
-    *(None, 0, 5, -1.5, True, False, [], [PASSWORD], {}, {"password": PASSWORD}),
-    *("", " ", "\t\n\u3000", "\0", f"{PASSWORD}\0", "a" * 1025, "\U0001f600" * 1025),
-]
+# Deleting the account
 
 
-@pytest.mark.parametrize(("method", "path", "body", "field"), FIELDS)
-def test_a_field_that_is_not_what_it_should_be_is_named(app, ada, method, path, body, field):
-    without = {name: value for name, value in body.items() if name != field}
-    for bad in [without, *({**body, field: value} for value in NO_PASSWORDS)]:
-        response = ada.open(path, method=method, json=bad)
-        assert (response.status_code, response.json["error"].split()[0]) == (400, field), bad
-    assert ada.is_logged_in()
-    assert lets_in(app, PASSWORD)
+def test_delete_account_deletes_all_of_the_user_and_nothing_of_others(app, ada, bob):
+    phone = log_in(app)
+    for client in (ada, bob):
+        client.create_conversation()
+        client.send_message(client.create_conversation())
+    conversations = bob.list_conversations()
+    assert count_rows(app) == [2, 4, 4]
+
+    response = ada.delete("/api/account", json={"password": PASSWORD})
+    assert (response.status_code, response.data) == (204, b"")
+    assert count_rows(app) == [1, 2, 2]
+    assert bob.list_conversations() == conversations
+    assert bob.get_statuses() == {"bob": "Online"}
+    assert [client.is_logged_in() for client in (ada, phone, bob)] == [False, False, True]
+    assert not can_log_in(app, PASSWORD)
 
 
-@pytest.mark.parametrize(("method", "path", "body"), [row[:3] for row in FIELDS[1:]])
-def test_a_request_that_is_not_what_it_should_be_is_refused(app, ada, client, method, path, body):
-    def status(person=ada, **request):
-        return person.open(path, method=method, **request).status_code
-
-    assert [status(data=data, content_type="application/json") for data in ("", "[]", "null", "5", "{", '"a"')] == [
-        400
-    ] * 6
-    assert [status(), status(data=body), status(data="{}", content_type="text/plain")] == [415] * 3
-    assert status(json={**body, "more": "a" * 2**20}) == 413
-    assert status(json=body, headers={"Origin": "https://evil.example"}) == 403
-    assert status(client, json=body) == 401
-    assert ada.is_logged_in()
-    assert lets_in(app, PASSWORD)
+def test_delete_account_deletes_the_cookie_and_ends_its_copies(ada):
+    copy = create_other_client(ada)
+    delete_account(ada)
+    assert ada.get_cookie("chatbot_session") is None
+    for call in (change_password, delete_account):
+        assert call(copy) == LOGIN_REQUIRED
 
 
-@ACTS
-def test_wrong_passwords_are_throttled_together_with_logins(make_app, act):
+def test_username_of_a_deleted_account_is_free_but_its_ids_are_not(ada):
+    copy, conversation_id = create_other_client(ada), ada.create_conversation()
+    delete_account(ada)
+    assert ada.signup("ada").json["user_id"] == ada.user_id + 1
+    ada.login("ada")
+    assert not copy.is_logged_in()
+    assert ada.list_conversations() == []
+    assert ada.create_conversation() > conversation_id
+
+
+# Wrong passwords
+
+
+@both_calls
+@pytest.mark.parametrize("password", ["wrong", PASSWORD.upper(), f"{PASSWORD} ", PASSWORD[:-1]])
+def test_wrong_password_returns_403_and_changes_nothing(app, ada, call, password):
+    copy = create_other_client(ada)
+    ada.send_message(ada.create_conversation())
+    before = count_rows(app), ada.get_statuses(), ada.list_conversations(), ada.session_cookie
+    assert call(ada, password) == WRONG_PASSWORD
+    assert (count_rows(app), ada.get_statuses(), ada.list_conversations(), ada.session_cookie) == before
+    assert copy.is_logged_in()
+    assert can_log_in(app, PASSWORD)
+    assert not can_log_in(app, NEW_PASSWORD)
+
+
+@both_calls
+def test_wrong_passwords_count_together_with_failed_logins(make_app, call):
     app = make_app(LOGIN_RATE_LIMIT="3 per minute")
-    ada, bob = newcomer(app, "ada"), newcomer(app, "bob")
-    assert [change(ada, "wrong").status_code, leave(ada, "wrong").status_code] == [403, 403]
+    ada, bob = (create_logged_in_client(app, username) for username in ("ada", "bob"))
+    assert change_password(ada, "wrong") == delete_account(ada, "wrong") == WRONG_PASSWORD
     assert app.test_client().login("ada", "wrong").status_code == 401
-    refusal = act(ada)
-    assert answer(refusal) == (429, {"error": "Too many tries, wait a little"})
-    assert 1 <= int(refusal.headers["Retry-After"]) <= 60
+    assert call(ada) == (429, {"error": "Too many attempts, try again later"})
     assert app.test_client().login("ada").status_code == 429
     assert ada.is_logged_in()
-    assert act(bob).status_code in (200, 204)
+    assert call(bob)[0] in (200, 204)
 
 
-def test_right_passwords_do_not_count(make_app):
-    ada = newcomer(make_app(LOGIN_RATE_LIMIT="1 per minute"), "ada")
-    assert [answer(change(ada, new=PASSWORD)) for _ in range(3)] == [CHANGED] * 3
+def test_right_passwords_do_not_count_as_failures(make_app):
+    ada = create_logged_in_client(make_app(LOGIN_RATE_LIMIT="1 per minute"), "ada")
+    assert [change_password(ada, new_password=PASSWORD) for _ in range(3)] == [PASSWORD_CHANGED] * 3
 
 
-@ACTS
-def test_guesses_at_once_get_no_more_answers_than_one_by_one(make_app, act):
+@both_calls
+def test_concurrent_wrong_passwords_return_403_up_to_the_limit(make_app, call):
     app = make_app(LOGIN_RATE_LIMIT="2 per minute")
-    ada = newcomer(app, "ada")
-    guessers = [holder(app, ada.session_cookie) for _ in range(8)]
-    statuses = crowd(8, lambda number: act(guessers[number], f"wrong {number}").status_code)
-    assert set(statuses) <= {403, 429}
-    assert act(ada).status_code == 429
+    ada = create_logged_in_client(app, "ada")
+    clients = [create_other_client(ada) for _ in range(8)]
+    statuses = run_concurrently(8, lambda number: call(clients[number], f"wrong {number}")[0])
+    assert sorted(statuses) == [403] * 2 + [429] * 6
+    assert call(ada)[0] == 429
 
 
-# The end of an account
+# Concurrent requests
 
 
-def test_an_account_is_deleted_with_all_that_is_its_user_s(app, ada, bob):
-    phone = device(app)
-    for person in (ada, bob):
-        person.send(person.create("Empty") and person.create("Talk"))
-    his = bob.get("/api/conversations").json
-    assert rows(app) == [2, 4, 4]
+@both_calls
+def test_no_connection_is_held_while_hashing(app, ada, while_hashing, call):
+    def count_connections():
+        with app.app_context():
+            return db.engine.pool.checkedout()
 
-    response = leave(ada)
-    assert (response.status_code, response.data) == (204, b"")
-    assert rows(app) == [1, 2, 2]
-    assert bob.get("/api/conversations").json == his
-    assert [user["username"] for user in bob.get("/api/users/status").json["users"]] == ["bob"]
-    assert [person.is_logged_in() for person in (ada, phone, bob)] == [False, False, True]
-    assert not lets_in(app, PASSWORD)
+    while_hashing(count_connections)
+    assert call(ada)[0] in (200, 204)
+    assert while_hashing.results == [0]
 
 
-def test_a_deleted_account_takes_the_cookie_from_the_device(app, ada):
-    cookie = ada.session_cookie
-    leave(ada)
-    assert ada.get_cookie("session") is None
-    for act in (change, leave):
-        assert answer(act(holder(app, cookie))) == LOGIN_REQUIRED
-
-
-def test_a_deleted_name_is_free_again_but_not_its_user_id(app, ada):
-    cookie, talk = ada.session_cookie, ada.create()
-    leave(ada)
-    assert answer(ada.signup("ada"))[1]["user_id"] == ada.user_id + 1
-    ada.login("ada")
-    assert not holder(app, cookie).is_logged_in()
-    assert ada.get("/api/conversations").json == []
-    assert ada.create() > talk
-
-
-def test_an_account_is_deleted_by_one_statement_however_much_it_has(app, ada):
-    for _ in range(5):
-        ada.send(ada.create())
-    with statements(app) as sent:
-        leave(ada)
-    assert [statement.split()[:3] for statement in sent if "DELETE" in statement] in (
-        [["DELETE", "FROM", "user"]],
-        [["DELETE", "FROM", '"user"']],
-    )
-    assert not [statement for statement in sent if "conversation" in statement or "message" in statement]
-    assert rows(app) == [0, 0, 0]
-
-
-# Meanwhile
-
-
-@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-@ACTS
-def test_nothing_is_stored_of_a_send_under_way(app, ada, act, accept):
-    talk, phone = ada.create(), holder(app, ada.session_cookie)
-
-    def bot(history):
-        yield "Well,"
-        crowd(1, lambda number: act(phone))
-        yield " well."
-
-    app.extensions["bot"] = bot
-    response = ada.send(talk, headers={"Accept": accept})
-    if accept == "application/json":
-        assert answer(response) == LOGIN_REQUIRED
-    else:
-        assert response.text.split("\n\n")[-2] == 'event: error\ndata: {"error":"Login required"}'
-    assert rows(app) == ([0, 0, 0] if act is leave else [1, 1, 0])
-
-
-@ACTS
-def test_a_logout_meanwhile_holds(app, ada, meanwhile, act):
-    phone = holder(app, ada.session_cookie, ada.user_id)
-    cookie = ada.session_cookie
-    meanwhile(lambda: phone.logout())
-    response = act(ada)
-    assert answer(response) == LOGIN_REQUIRED
-    assert not holder(app, cookie).is_logged_in()
+@both_calls
+def test_logout_during_hashing_wins(app, ada, while_hashing, call):
+    phone, copy = create_other_client(ada), create_other_client(ada)
+    while_hashing(lambda: log_out(phone)[0])
+    assert call(ada) == LOGIN_REQUIRED
+    assert while_hashing.results == [200]
+    assert not copy.is_logged_in()
     assert not ada.is_logged_in()
-    assert rows(app) == [1, 0, 0]
-    assert lets_in(app, PASSWORD)
-    assert not lets_in(app, NEW)
+    assert can_log_in(app, PASSWORD)
+    assert not can_log_in(app, NEW_PASSWORD)
 
 
-@ACTS
-def test_a_new_password_meanwhile_holds(app, ada, meanwhile, act):
-    phone = holder(app, ada.session_cookie)
-    meanwhile(lambda: change(phone, new="theirs"))
-    assert act(ada).status_code in (401, 403)
+@both_calls
+def test_password_change_during_hashing_wins(app, ada, while_hashing, call):
+    phone = create_other_client(ada)
+    while_hashing(lambda: change_password(phone, new_password="changed first")[0])
+    assert call(ada)[0] in (401, 403)
+    assert while_hashing.results == [200]
     assert not ada.is_logged_in()
     assert phone.is_logged_in()
-    assert lets_in(app, "theirs")
-    assert not lets_in(app, NEW)
+    assert can_log_in(app, "changed first")
+    assert not can_log_in(app, NEW_PASSWORD)
 
 
-@ACTS
-def test_an_account_that_is_deleted_meanwhile_stays_so(app, ada, meanwhile, act):
-    phone = holder(app, ada.session_cookie)
-    meanwhile(lambda: leave(phone))
-    assert act(ada).status_code in (401, 403)
-    assert rows(app) == [0, 0, 0]
+@both_calls
+def test_account_deletion_during_hashing_wins(app, ada, while_hashing, call):
+    phone = create_other_client(ada)
+    while_hashing(lambda: delete_account(phone)[0])
+    assert call(ada)[0] in (401, 403)
+    assert while_hashing.results == [204]
+    assert count_rows(app) == [0, 0, 0]
     assert not ada.is_logged_in()
 
 
-def test_a_conversation_of_an_account_that_is_deleted_meanwhile_is_not_opened(app, ada):
-    phone, pending = holder(app, ada.session_cookie), [leave]
-
-    def delete_first(*args):
-        if pending:
-            crowd(1, lambda number: pending.pop()(phone))
-
-    event.listen(db.session, "before_flush", delete_first)
-    try:
-        response = ada.post("/api/conversations", json={"name": "Talk"})
-    finally:
-        event.remove(db.session, "before_flush", delete_first)
-    assert answer(response) == LOGIN_REQUIRED
-    assert rows(app) == [0, 0, 0]
+@both_calls
+def test_login_during_whose_hashing_the_password_is_changed_or_the_account_deleted_returns_401(
+    app, ada, while_hashing, call
+):
+    client = app.test_client()
+    while_hashing(lambda: call(ada)[0])
+    assert client.login("ada").status_code == 401
+    assert while_hashing.results in ([200], [204])
+    assert not client.is_logged_in()
+    assert ada.is_logged_in() is (call is change_password)
 
 
-@pytest.mark.parametrize("rivals", [(change, "logout"), (change, change), (change, leave), (leave, leave)])
-def test_of_two_at_once_one_wins_and_no_dead_session_lives(app, rivals):
+@both_calls
+def test_concurrent_login_with_the_old_password_opens_no_session_that_lasts(app, call):
+    for number in range(5):
+        username = f"ada {number}"
+        ada, client = create_logged_in_client(app, username), app.test_client()
+        (status, _), response = run_all(lambda: call(ada), lambda: client.login(username))  # noqa: B023
+        assert status in (200, 204)
+        assert response.status_code in (200, 401)
+        assert not client.is_logged_in()
+        assert ada.is_logged_in() is (call is change_password)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        (change_password, log_out),
+        (change_password, change_password),
+        (change_password, delete_account),
+        (delete_account, delete_account),
+        (delete_account, log_out),
+    ],
+)
+def test_of_two_concurrent_calls_one_wins(app, calls):
     for number in range(3):
         username = f"ada {number}"
-        ada = newcomer(app, username)
-        cookie = ada.session_cookie
-        devices = [holder(app, cookie, ada.user_id) for _ in rivals]
-
-        def act(n):
-            rival = rivals[n]
-            if rival == "logout":
-                return devices[n].logout().status_code  # noqa: B023
-            return (rival(devices[n], new=f"new {n}") if rival is change else rival(devices[n])).status_code  # noqa: B023
-
-        statuses = crowd(2, act)
-        (winner,) = [n for n, status in enumerate(statuses) if status < 300]
+        ada = create_logged_in_client(app, username)
+        clients = [create_other_client(ada) for _ in calls]
+        statuses = run_concurrently(2, lambda number: calls[number](clients[number])[0])  # noqa: B023
+        [winner] = [number for number, status in enumerate(statuses) if status < 300]
         assert statuses[1 - winner] in (401, 403)
-        changed = rivals[winner] is change
-        assert [client.is_logged_in() for client in devices] == [changed and n == winner for n in range(2)]
-        assert not holder(app, cookie).is_logged_in()
-        passwords = (PASSWORD, "new 0", "new 1")
-        good = f"new {winner}" if changed else None if rivals[winner] is leave else PASSWORD
-        assert [lets_in(app, password, username) for password in passwords] == [one == good for one in passwords]
+        is_changed, is_deleted = calls[winner] is change_password, calls[winner] is delete_account
+        assert [client.is_logged_in() for client in clients] == [is_changed and number == winner for number in range(2)]
+        assert not ada.is_logged_in()
+        assert can_log_in(app, NEW_PASSWORD, username) is is_changed
+        assert can_log_in(app, PASSWORD, username) is not (is_changed or is_deleted)
+
+
+def test_concurrent_creation_of_conversations_and_account_deletion_leave_no_rows(app):
+    for number in range(5):
+        ada = create_logged_in_client(app, f"ada {number}")
+        clients = [create_other_client(ada) for _ in range(6)]
+        creations = [lambda client=client: client.post("/api/conversations", json={"name": "x"}) for client in clients]
+        (status, _), *responses = run_all(lambda: delete_account(ada), *creations)  # noqa: B023
+        assert status == 204
+        assert {response.status_code for response in responses} <= {201, 401}
+        assert count_rows(app) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("database", [pytest.param("postgresql", marks=needs_postgresql)], indirect=True)
+def test_conversation_of_an_account_that_is_deleted_before_the_insert_returns_401(app, ada):
+    """On SQLite a write is alone from its first read on."""
+    phone = create_other_client(ada)
+    event.listen(db.session, "before_flush", lambda *args: run_all(lambda: delete_account(phone)), once=True)
+    response = ada.post("/api/conversations", json={"name": "Conversation"})
+    assert (response.status_code, response.json) == LOGIN_REQUIRED
+    assert count_rows(app) == [0, 0, 0]

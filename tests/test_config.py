@@ -83,7 +83,7 @@ def test_unset_or_empty_setting_has_its_default(monkeypatch, name, default):
     assert getattr(Config(), name) == default
     monkeypatch.setenv(name, "")
     assert getattr(Config(), name) == default
-    assert get_value(name, None) == default
+    assert get_value(name, None) == get_value(name, "") == default
 
 
 def test_settings_without_fixed_default_are_secret_key_and_sessions_valid_from():
@@ -198,6 +198,7 @@ INVALID = {
         "sqlite://host/chat.db",
         "sqlite+aiosqlite:///a",
         "sqlite:///chat.db?timeout=s3cret",
+        "sqlite:///chat.db?application_name=chat",
         "sqlite:///file:chat?mode=memory&uri=true",
         "mysql://chat:s3cret@db/chat",
         "http://db/",

@@ -1,531 +1,517 @@
-"""Conversations and their messages: list, create, rename, delete, send."""
+"""Conversations and their messages: list, create, rename, delete, send; whose they are; what happens meanwhile."""
 
-import itertools
-import re
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event
 
 from app import db
-from app.models.conversation import LISTS, ListCache
-from tests.conftest import PASSWORD, newcomer, statements
-from tests.serving import together
+from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, needs_postgresql
+from tests.helpers.data import add_conversations, execute, get_ids
+from tests.helpers.queries import record_queries
+from tests.helpers.server import run_all, run_concurrently, wait_until
 
-MISSING = (404, {"error": "Conversation not found"})
-ODD_TEXTS = [
-    *(
-        "a",
-        " a ",
-        "😀👩‍👩‍👧‍👦",
-        "مرحبا",
-        "e\u0301",
-        "\u00e9",
-        "\ufeff",
-        "\ufffe\uffff",
-        "\U0010ffff",
-        "a\u2028b\u2029c",
-    ),
+MAX_ID = 2**63 - 1
+NOT_FOUND = (404, {"error": "Conversation not found"})
+UNUSUAL_TEXTS = [
+    *("a", " a ", "😀👩‍👩‍👧‍👦", "مرحبا", "e\u0301", "\u00e9", "a\ufeff", "\ufffe\uffffa", "\U0010ffffa", "a\u2028b\u2029c"),
     *('"', "\\", '\\"', "\\u0041", "\\\\n", "'", "''", "%s %(a)s :a ?", "{}", "[]", "null", "0", "</script>", "&lt;"),
-    *("\x01", "\b\f\n\r\t\v", "\x1b[31m", "\x7f\x80\x9f", "a\r\nb", "'; DROP TABLE message; --"),
+    *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --"),
 ]
+BLANK_TEXTS = [
+    *("", " ", "\t\r\n", "\u00a0\u2003\u3000\u2028", "\x01", "\x7f\x9f", "\u200b\u2060", "\u00ad", "\u202e", "\ufeff"),
+    *("\ufffe", "\ue000", "\u115f\u1160", "\u2800", "\u3164", "\uffa0", " \u200b\u3164 "),
+]
+on_postgresql = pytest.mark.parametrize("database", [pytest.param("postgresql", marks=needs_postgresql)], indirect=True)
 
 
-def answer(response):
+def get_answer(response):
     return response.status_code, response.json
 
 
-def another_device(app, person):
-    client = app.test_client()
-    client.set_cookie("session", person.session_cookie)
-    client.user_id = person.user_id
-    return client
-
-
-def talks(client):
-    return client.get("/api/conversations").json
-
-
-@contextmanager
-def once(name, act):
-    """At the next event of that name in a database session, have `act` done by another thread, whole."""
-    pending = [act]
-
-    def listener(*args):
-        if pending:
-            together(pending.pop())
-
-    event.listen(db.session, name, listener)
-    yield
-    event.remove(db.session, name, listener)
-    assert not pending
-
-
 @pytest.fixture
-def while_thinking(app):
-    """A function that has `act` done by another thread while the bot thinks."""
-
-    def install(act):
-        def bot(history):
-            together(act)
-            yield "Well."
-
-        app.extensions["bot"] = bot
-
-    return install
+def echo_ada(make_app):
+    """A client with the session of ada, for whom the bot repeats what she sends."""
+    return create_logged_in_client(make_app(bot=echo), "ada")
 
 
-@pytest.fixture
-def echo(app):
-    """A bot that says just what it is told."""
-    app.extensions["bot"] = lambda history: iter([history[-1][1]])
+# The documented responses
 
 
-# The documented answers
+def test_create_conversation_returns_it_without_messages(ada):
+    assert get_answer(ada.get("/api/conversations")) == (200, [])
+    assert get_answer(ada.post("/api/conversations", json={"name": "Tea"})) == (201, {"id": 1, "name": "Tea"})
+    assert get_answer(ada.get("/api/conversations")) == (200, [{"id": 1, "name": "Tea", "messages": []}])
 
 
-def test_a_conversation_is_created_empty(ada):
-    assert talks(ada) == []
-    assert answer(ada.post("/api/conversations", json={"name": "Tea"})) == (201, {"id": 1, "name": "Tea"})
-    assert answer(ada.get("/api/conversations")) == (200, [{"id": 1, "name": "Tea", "messages": []}])
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_rename_conversation_changes_its_name_only(ada, method):
+    tea, ink = ada.create_conversation("Tea"), ada.create_conversation("Ink")
+    response = ada.open(f"/api/conversations/{ink}", method=method, json={"name": "Oil"})
+    assert get_answer(response) == (200, {"id": ink, "name": "Oil"})
+    assert ada.list_conversations() == [
+        {"id": tea, "name": "Tea", "messages": []},
+        {"id": ink, "name": "Oil", "messages": []},
+    ]
 
 
-def test_a_conversation_is_renamed(ada):
-    tea, ink = ada.create("Tea"), ada.create("Ink")
-    assert answer(ada.put(f"/api/conversations/{ink}", json={"name": "Oil"})) == (200, {"id": ink, "name": "Oil"})
-    assert [(talk["id"], talk["name"]) for talk in talks(ada)] == [(tea, "Tea"), (ink, "Oil")]
-
-
-def test_a_conversation_is_deleted_with_its_messages(ada):
-    tea, ink = ada.create(), ada.create()
-    ada.send(tea)
-    ada.send(ink)
+def test_delete_conversation_deletes_its_messages_only(app, ada):
+    tea, ink = ada.create_conversation(), ada.create_conversation()
+    ada.send_message(tea)
+    exchange = ada.send_message(ink).json
     response = ada.delete(f"/api/conversations/{tea}")
     assert (response.status_code, response.data) == (204, b"")
-    assert [(talk["id"], len(talk["messages"])) for talk in talks(ada)] == [(ink, 2)]
-    assert answer(ada.delete(f"/api/conversations/{tea}")) == MISSING
+    assert ada.list_conversations() == [{"id": ink, "name": "Conversation", "messages": exchange}]
+    assert execute(app, "SELECT DISTINCT conversation_id FROM message") == [(ink,)]
+    assert get_answer(ada.delete(f"/api/conversations/{tea}")) == NOT_FOUND
 
 
-def test_a_message_is_answered_by_the_bot(ada, echo):
-    talk = ada.create()
-    began = datetime.now(UTC)
-    response = ada.send(talk, "Hello")
-    ended = datetime.now(UTC)
+def test_send_message_returns_it_with_the_reply(echo_ada):
+    conversation = echo_ada.create_conversation()
+    started_at = datetime.now(UTC)
+    response = echo_ada.send_message(conversation, "Hello")
+    ended_at = datetime.now(UTC)
 
     assert response.status_code == 201
-    user, bot = response.json
-    assert user == {"id": 1, "sender": "user", "text": "Hello", "created_at": user["created_at"]}
-    assert bot == {"id": 2, "sender": "bot", "text": "Hello", "created_at": bot["created_at"]}
-    assert user["created_at"][-1] == bot["created_at"][-1] == "Z"
-    moments = [began, *(datetime.fromisoformat(message["created_at"]) for message in response.json), ended]
-    assert moments == sorted(moments)
-    assert talks(ada)[0]["messages"] == response.json
+    question, reply = response.json
+    assert question == {"id": 1, "sender": "user", "text": "Hello", "created_at": question["created_at"]}
+    assert reply == {"id": 2, "sender": "bot", "text": "Hello", "created_at": reply["created_at"]}
+    assert question["created_at"][-1] == reply["created_at"][-1] == "Z"
+    timestamps = [datetime.fromisoformat(message["created_at"]) for message in response.json]
+    assert [started_at, *timestamps, ended_at] == sorted([started_at, *timestamps, ended_at])
+    assert echo_ada.list_messages(conversation) == response.json
 
 
-def test_conversations_and_messages_are_listed_oldest_first(ada):
-    ids = [ada.create(f"Talk {n}") for n in range(5)]
+def test_list_conversations_is_oldest_first_like_the_messages_in_it(echo_ada):
+    ids = [echo_ada.create_conversation(f"Number {n}") for n in range(4)]
+    exchanges = {id: [] for id in ids}
     for n in (3, 1, 3, 0, 1, 3):
-        ada.send(ids[n], f"in {n}")
-    ada.put(f"/api/conversations/{ids[0]}", json={"name": "Renamed"})
-    assert [talk["id"] for talk in talks(ada)] == sorted(ids)
-    assert [talk["name"] for talk in talks(ada)] == ["Renamed", "Talk 1", "Talk 2", "Talk 3", "Talk 4"]
-    for n, talk in enumerate(talks(ada)):
-        message_ids = [message["id"] for message in talk["messages"]]
-        assert message_ids == sorted(message_ids)
-        assert {message["text"] for message in talk["messages"] if message["sender"] == "user"} <= {f"in {n}"}
-    assert [len(talk["messages"]) for talk in talks(ada)] == [2, 4, 0, 6, 0]
+        exchanges[ids[n]] += echo_ada.send_message(ids[n], f"In {n}").json
+    assert echo_ada.list_conversations() == [
+        {"id": id, "name": f"Number {n}", "messages": exchanges[id]} for n, id in enumerate(sorted(ids))
+    ]
 
 
-def test_the_bot_hears_what_was_said_before(app, ada):
-    heard = []
+def test_bot_gets_the_history_of_its_conversation(make_app):
+    histories = []
 
-    def bot(history):
-        heard.append(history)
+    def bot(history, **kwargs):
+        histories.append([tuple(message) for message in history])
         yield from ("So", " so")
 
-    app.extensions["bot"] = bot
-    talk, other = ada.create(), ada.create()
-    ada.send(other, "Elsewhere")
-    ada.send(talk, "One")
-    ada.send(talk, "Two")
-    assert heard[1:] == [[("user", "One")], [("user", "One"), ("bot", "So so"), ("user", "Two")]]
+    ada = create_logged_in_client(make_app(bot=bot), "ada")
+    conversation, other = ada.create_conversation(), ada.create_conversation()
+    ada.send_message(other, "Elsewhere")
+    ada.send_message(conversation, "One")
+    ada.send_message(conversation, "Two")
+    assert histories[1:] == [[("user", "One")], [("user", "One"), ("bot", "So so"), ("user", "Two")]]
+
+
+def test_list_shows_changes_of_another_server(make_app):
+    here, there = (make_app(SECRET_KEY="the same key on both servers, of 32 characters") for _ in range(2))
+    ada = create_logged_in_client(here, "ada")
+    elsewhere = create_other_client(ada, there)
+    first, second = ada.create_conversation("First"), ada.create_conversation("Second")
+    ada.send_message(second)
+    assert ada.list_conversations() == elsewhere.list_conversations()
+
+    elsewhere.send_message(second)
+    elsewhere.put(f"/api/conversations/{second}", json={"name": "Renamed"})
+    elsewhere.delete(f"/api/conversations/{first}")
+    elsewhere.create_conversation("Empty")
+    conversations = ada.list_conversations()
+    assert [(item["name"], len(item["messages"])) for item in conversations] == [("Renamed", 4), ("Empty", 0)]
+    assert conversations == elsewhere.list_conversations()
+
+
+# Timestamps, where they are asked for
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=9", "limit=9&before=9", "messages=0", "q=tea", "q=", "order=recent", "order=recent&limit=1"]
+)
+def test_list_conversations_with_a_parameter_shows_timestamps(ada, query):
+    ada.create_conversation("Tea")
+    [conversation] = ada.get(f"/api/conversations?{query}").json
+    assert list(conversation) == ["id", "name", "created_at", "updated_at", "messages"]
+    assert conversation["created_at"] == conversation["updated_at"]
+    assert datetime.now(UTC) >= datetime.fromisoformat(conversation["created_at"])
+    assert ada.get(f"/api/conversations/{conversation['id']}").json == conversation
+
+
+def test_updated_at_is_the_time_of_the_last_change_of_a_message(ada):
+    id = ada.create_conversation()
+    created = ada.get(f"/api/conversations/{id}").json
+    sent = ada.send_message(id).json
+    after_send = ada.get(f"/api/conversations/{id}").json
+    ada.put(f"/api/conversations/{id}", json={"name": "Renamed"})
+    after_rename = ada.get(f"/api/conversations/{id}").json
+    assert created["created_at"] == after_send["created_at"] == after_rename["created_at"]
+    assert created["updated_at"] < sent[0]["created_at"] <= after_send["updated_at"] == after_rename["updated_at"]
 
 
 # Bounds
 
-
-@pytest.mark.parametrize(
-    ("method", "path", "field", "longest", "status"),
-    [
-        ("POST", "/api/conversations", "name", 255, 201),
-        ("PUT", "/api/conversations/1", "name", 255, 200),
-        ("POST", "/api/conversations/1/messages", "text", 100_000, 201),
-    ],
-)
-def test_names_and_texts_have_bounds(ada, method, path, field, longest, status):
-    ada.create("Talk")
-    for good in ("a", " a ", "😀" * longest):
-        assert ada.open(path, method=method, json={field: good}).status_code == status
-    before = talks(ada)
-    refusal = (400, {"error": f"{field} must be 1 to {longest} characters long and not blank"})
-    for bad in ("", " ", "\t\r\n", "\u00a0\u2003\u3000\u2028", "a" * (longest + 1)):
-        assert answer(ada.open(path, method=method, json={field: bad})) == refusal
-    assert talks(ada) == before
+BOUNDED_FIELDS = [
+    ("POST", "/api/conversations", "name", 255, 201),
+    ("PUT", "/api/conversations/1", "name", 255, 200),
+    ("PATCH", "/api/conversations/1", "name", 255, 200),
+    ("POST", "/api/conversations/1/messages", "text", 100_000, 201),
+    ("PUT", "/api/conversations/1/messages/1", "text", 100_000, 200),
+]
 
 
-def test_names_come_back_as_they_were(ada):
-    ids = [ada.create(name) for name in ODD_TEXTS]
-    assert [talk["name"] for talk in talks(ada)] == ODD_TEXTS
-    renamed = [
-        ada.put(f"/api/conversations/{id}", json={"name": name}) for id, name in zip(ids, ODD_TEXTS[::-1], strict=True)
-    ]
-    assert [response.json["name"] for response in renamed] == ODD_TEXTS[::-1]
-    assert [talk["name"] for talk in talks(ada)] == ODD_TEXTS[::-1]
+@pytest.mark.parametrize(("method", "path", "field", "max_length", "status"), BOUNDED_FIELDS)
+def test_name_or_text_within_bounds_is_accepted(ada, method, path, field, max_length, status):
+    ada.send_message(ada.create_conversation())
+    for value in ("a", " a ", "😀" * max_length):
+        assert ada.open(path, method=method, json={field: value}).status_code == status
 
 
-def test_texts_come_back_as_they_were(ada, echo):
-    texts = [*ODD_TEXTS, "".join(ODD_TEXTS), "x" * 100_000, '\\"😀\n' * 20_000]
-    talk = ada.create()
-    sent = [ada.send(talk, said).json for said in texts]
-    assert [[message["text"] for message in pair] for pair in sent] == [[said, said] for said in texts]
-    assert talks(ada)[0]["messages"] == list(itertools.chain(*sent))
+@pytest.mark.parametrize(("method", "path", "field", "max_length", "status"), BOUNDED_FIELDS)
+def test_blank_or_long_name_or_text_returns_400_and_changes_nothing(ada, method, path, field, max_length, status):
+    ada.send_message(ada.create_conversation())
+    before = ada.list_conversations()
+    error = {"error": f"{field} must be 1 to {max_length} characters long and not blank"}
+    for value in (*BLANK_TEXTS, "a" * (max_length + 1)):
+        assert get_answer(ada.open(path, method=method, json={field: value})) == (400, error), value
+    response = ada.open(path, method=method, json={field: "a\0"})
+    assert get_answer(response) == (400, {"error": f"{field} must not contain NUL"})
+    assert ada.list_conversations() == before
 
 
-# Whose it is
-
-ANY_BODY = {"name": "Mine now", "text": "Hello", "password": PASSWORD}
-PUBLIC = {"auth.test", "auth.signup", "auth.login", "auth.users_status"}
-
-
-def routes(app, blueprints=("auth.", "chat."), having=""):
-    """Return (method, path with {} for an id) of the API's routes, except those that are open to all."""
-    for rule in app.url_map.iter_rules():
-        if rule.endpoint.startswith(blueprints) and rule.endpoint not in PUBLIC and having in rule.rule:
-            for method in rule.methods - {"HEAD", "OPTIONS"}:
-                yield method, re.sub("<.*?>", "{}", rule.rule)
+def test_unusual_names_are_returned_unchanged(ada):
+    ids = [ada.create_conversation(name) for name in UNUSUAL_TEXTS]
+    assert [conversation["name"] for conversation in ada.list_conversations()] == UNUSUAL_TEXTS
+    for id, name in zip(ids, UNUSUAL_TEXTS[::-1], strict=True):
+        assert ada.put(f"/api/conversations/{id}", json={"name": name}).json["name"] == name
+    assert [conversation["name"] for conversation in ada.list_conversations()] == UNUSUAL_TEXTS[::-1]
 
 
-def test_what_is_another_s_looks_like_what_is_not_there(app, ada, bob):
-    talk = bob.create("Bob's")
-    bob.send(talk)
-    before = talks(bob)
+def test_unusual_texts_are_returned_unchanged(echo_ada):
+    texts = [*UNUSUAL_TEXTS, "".join(UNUSUAL_TEXTS), "x" * 100_000, '\\"😀\n' * 20_000 + "."]
+    conversation = echo_ada.create_conversation()
+    exchanges = [echo_ada.send_message(conversation, text).json for text in texts]
+    assert [question["text"] for question, _ in exchanges] == texts
+    assert [reply["text"] for _, reply in exchanges] == [text.lstrip() for text in texts]
+    assert echo_ada.list_messages(conversation) == list(chain(*exchanges))
 
-    def ask(method, path, number):
-        return ada.open(path.format(number), method=method, json=ANY_BODY)
 
-    def looks(response):
-        return response.status, response.data, {**response.headers, "X-Request-ID": None}
+# Ids
 
-    asked = list(routes(app, having="<id:conversation_id>"))
-    assert {method for method, path in asked} >= {"PUT", "DELETE", "POST"}
-    for method, path in asked:
-        assert answer(ask(method, path, talk)) == MISSING
-        assert looks(ask(method, path, talk)) == looks(ask(method, path, talk + 1000))
-    assert talks(bob) == before
-    assert talks(ada) == []
+
+def test_ids_are_not_reused(ada):
+    first, last = ada.create_conversation(), ada.create_conversation()
+    last_message_id = ada.send_message(last).json[-1]["id"]
+    ada.delete(f"/api/conversations/{last}")
+    new = ada.create_conversation()
+    assert new > last
+    assert ada.send_message(new).json[0]["id"] > last_message_id
+    assert get_answer(ada.send_message(last)) == NOT_FOUND
+    assert get_ids(ada.list_conversations()) == [first, new]
+
+
+@pytest.mark.parametrize("id", [10**18 - 1, 10**18, MAX_ID])
+def test_ids_below_2_63_can_be_used_in_paths(app, ada, id):
+    now = "2026-01-31T12:00:00.000000Z"
+    execute(app, f"INSERT INTO conversation VALUES ({id}, 'Old', {ada.user_id}, '{now}', '{now}')")
+    execute(
+        app,
+        f"""INSERT INTO message (id, sender, text, conversation_id, created_at)
+        VALUES ({id - 1}, 'user', 'Hello', {id}, '{now}'), ({id}, 'bot', 'Hello', {id}, '{now}')""",
+    )
+    path = f"/api/conversations/{id}"
+    assert get_ids(ada.list_conversations()) == [id]
+    assert ada.put(path, json={"name": "New"}).json == {"id": id, "name": "New"}
+    assert get_ids(ada.get(path).json["messages"]) == [id - 1, id]
+    assert get_ids(ada.get(f"{path}/messages?before={id}").json) == [id - 1]
+    assert ada.get_message(id, id).json["id"] == id
+    assert ada.stop_reply(id, id).json["id"] == id
+    assert ada.get(f"/api/conversations?limit=1&before={id}").json == []
+    assert ada.delete(path).status_code == 204
+
+
+@pytest.mark.parametrize("id", ["0", "-1", "01", "1.0", "+1", "%201", "1%00", "¹", "１", "abc", MAX_ID + 1, "9" * 5000])
+def test_invalid_id_in_a_path_returns_404(ada, id):
+    ada.send_message(ada.create_conversation())
+    assert ada.get(f"/api/conversations/{id}").status_code == 404
+    assert ada.get(f"/api/conversations/1/messages/{id}").status_code == 404
+    assert ada.post(f"/api/logout/{id}").status_code == 404
+    assert ada.is_logged_in()
+
+
+# Whose they are
+
+BODY = {"name": "Mine now", "text": "Hello", "password": PASSWORD, "current_password": PASSWORD, "new_password": "x"}
+MESSAGE_ENDPOINTS = [
+    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}"),
+    ("PUT", "/api/conversations/{conversation_id}/messages/{message_id}"),
+    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}/events"),
+    ("POST", "/api/conversations/{conversation_id}/messages/{message_id}/stop"),
+]
+CONVERSATION_ENDPOINTS = [
+    ("GET", "/api/conversations/{conversation_id}"),
+    ("PUT", "/api/conversations/{conversation_id}"),
+    ("PATCH", "/api/conversations/{conversation_id}"),
+    ("DELETE", "/api/conversations/{conversation_id}"),
+    ("GET", "/api/conversations/{conversation_id}/messages"),
+    ("POST", "/api/conversations/{conversation_id}/messages"),
+    *MESSAGE_ENDPOINTS,
+]
+LOGIN_REQUIRED = [
+    ("POST", "/api/logout/{user_id}"),
+    ("GET", "/api/current_user"),
+    ("PUT", "/api/password"),
+    ("DELETE", "/api/account"),
+    ("GET", "/api/conversations"),
+    ("POST", "/api/conversations"),
+    ("GET", "/api/messages"),
+    *CONVERSATION_ENDPOINTS,
+]
+PUBLIC = [
+    ("GET", "/api/test"),
+    ("GET", "/api/health"),
+    ("POST", "/api/signup"),
+    ("POST", "/api/login"),
+    ("GET", "/api/users/status"),
+]
+
+
+def test_tables_of_endpoints_are_complete(app):
+    endpoints = {
+        (method, rule.rule.replace("<id:", "{").replace(">", "}"))
+        for rule in app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+        if rule.endpoint.startswith(("auth.", "chat."))
+    }
+    assert endpoints == {*PUBLIC, *LOGIN_REQUIRED}
+
+
+@pytest.mark.parametrize(("method", "path"), CONVERSATION_ENDPOINTS)
+def test_missing_and_another_users_conversation_return_the_same_404(ada, bob, method, path):
+    id = bob.create_conversation("Bob's")
+    message_id = bob.send_message(id).json[1]["id"]
+    before = bob.list_conversations()
+    for headers in ({}, {"If-None-Match": "*"}, {"Idempotency-Key": "a"}):
+        responses = [
+            ada.open(path.format(conversation_id=id, message_id=message_id), method=method, json=BODY, headers=headers)
+            for id in (id, id + 1000)
+        ]
+        assert [get_answer(response) for response in responses] == [NOT_FOUND, NOT_FOUND]
+        theirs, missing = ({**response.headers, "X-Request-ID": None} for response in responses)
+        assert theirs == missing
+    assert bob.list_conversations() == before
+    assert ada.list_conversations() == []
+
+
+@pytest.mark.parametrize(("method", "path"), MESSAGE_ENDPOINTS)
+def test_missing_message_and_that_of_another_conversation_return_404(ada, method, path):
+    id, other_id = ada.create_conversation(), ada.create_conversation()
+    message_id = ada.send_message(other_id).json[0]["id"]
+    before = ada.list_conversations()
+    for message_id in (message_id, message_id + 1000):
+        response = ada.open(path.format(conversation_id=id, message_id=message_id), method=method, json=BODY)
+        assert get_answer(response) == (404, {"error": "Message not found"})
+    assert ada.list_conversations() == before
 
 
 @pytest.mark.parametrize("was_logged_in", [False, True])
-def test_nothing_is_to_be_had_without_a_session(app, ada, client, was_logged_in):
-    talk = ada.create("Talk")
-    ada.send(talk)
-    before = talks(ada)
+@pytest.mark.parametrize(("method", "path"), LOGIN_REQUIRED)
+def test_request_without_a_session_returns_401_and_changes_nothing(ada, client, was_logged_in, method, path):
+    id = ada.create_conversation()
+    message_id = ada.send_message(id).json[1]["id"]
+    before = ada.list_conversations()
     if was_logged_in:
-        client = another_device(app, ada)
+        client = create_other_client(ada)
         ada.logout()
-    asked = list(routes(app))
-    assert len(asked) >= 7
-    for method, path in asked:
-        for number in (talk, 1000):
-            response = client.open(path.format(number), method=method, json=ANY_BODY)
-            assert answer(response) == (401, {"error": "Login required"}), (method, path)
+    for id in (id, 1000):
+        path = path.format(user_id=ada.user_id, conversation_id=id, message_id=message_id)
+        response = client.open(path, method=method, json=BODY, query_string={"q": "a"})
+        assert get_answer(response) == (401, {"error": "Login required"})
     ada.login("ada")
-    assert talks(ada) == before
+    assert ada.list_conversations() == before
 
 
-def test_nobody_lists_another_s_conversations(ada, bob):
-    mine, his = ada.create("Ada's"), bob.create("Bob's")
-    assert [talk["id"] for talk in talks(ada)] == [mine]
-    assert [talk["id"] for talk in talks(bob)] == [his]
+def test_list_conversations_shows_the_callers_only(ada, bob):
+    adas, bobs = ada.create_conversation("Ada's"), bob.create_conversation("Bob's")
+    assert get_ids(ada.list_conversations()) == [adas]
+    assert get_ids(bob.list_conversations()) == [bobs]
 
 
-def test_no_id_is_given_twice(ada):
-    first, last = ada.create(), ada.create()
-    last_message = ada.send(last).json[-1]["id"]
-    ada.delete(f"/api/conversations/{last}")
-    talk = ada.create()
-    assert talk > last
-    assert ada.send(talk).json[0]["id"] > last_message
-    assert ada.send(last).status_code == 404
-    assert [talk["id"] for talk in talks(ada)] == [first, talk]
+# Costs
 
 
-# Lists that are read again
-
-
-def test_a_list_shows_what_another_server_did_meanwhile(make_app):
-    here, there = make_app(SECRET_KEY="the same"), make_app(SECRET_KEY="the same")
-    ada = newcomer(here, "ada")
-    elsewhere = another_device(there, ada)
-    first, second = ada.create("First"), ada.create("Second")
-    ada.send(first)
-    ada.send(second)
-    assert talks(ada) == talks(elsewhere)
-
-    elsewhere.send(second)
-    elsewhere.put(f"/api/conversations/{first}", json={"name": "Renamed"})
-    elsewhere.send(elsewhere.create("Third"))
-    elsewhere.create("Empty")
-    shown = talks(ada)
-    assert [(talk["name"], len(talk["messages"])) for talk in shown] == [
-        *(("Renamed", 2), ("Second", 4), ("Third", 2), ("Empty", 0))
-    ]
-    assert shown == talks(elsewhere)
-
-    elsewhere.delete(f"/api/conversations/{second}")
-    assert [talk["name"] for talk in talks(ada)] == ["Renamed", "Third", "Empty"]
-
-
-def test_a_message_that_is_stored_later_than_one_of_a_higher_id_is_listed(app, ada):
-    first, second = ada.create(), ada.create()
-    insert = (
-        "INSERT INTO message (id, sender, text, conversation_id, created_at) SELECT :id, 'bot', 'Late', id, created_at"
+def test_delete_conversation_sends_no_more_queries_for_more_messages(app, ada):
+    few, many, other = add_conversations(app, ada, 3, messages=2)
+    ada.list_conversations()  # the first request looks for abandoned replies, too
+    execute(
+        app,
+        """INSERT INTO message (sender, text, conversation_id, created_at)
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
+        SELECT 'user', 'Hello', id, created_at FROM conversation, n WHERE id = :id""",
+        id=many,
     )
-    for id, talk in ((1000, second), (500, first)):
-        with app.app_context():
-            db.session.execute(text(f"{insert} FROM conversation WHERE id = :talk"), {"id": id, "talk": talk})
-            db.session.commit()
-        shown = {talk["id"]: [message["id"] for message in talk["messages"]] for talk in talks(ada)}
-        assert shown[talk] == [id]
-    assert shown == {first: [500], second: [1000]}
-
-
-def test_each_list_says_how_many_messages_it_shows_whichever_was_read_before(ada):
-    talk = ada.create()
-    for n in range(3):
-        ada.send(talk, f"{n}")
-    whole = talks(ada)[0]["messages"]
-    for number in (2, 0, 4, 2, 100):
-        [shown] = ada.get(f"/api/conversations?messages={number}").json
-        assert shown["messages"] == (whole[-number:] if number else [])
-        assert talks(ada)[0]["messages"] == whole
-
-
-def test_what_is_changed_by_hand_shows_within_a_minute(app, ada, monkeypatch):
-    def shown():
-        return [message["text"] for talk in talks(ada) for message in talk["messages"]]
-
-    talk = ada.create()
-    ada.send(talk, "Before")
-    assert shown()[0] == "Before"
-    with app.app_context():
-        db.session.execute(text("UPDATE message SET text = 'After' WHERE sender = 'user'"))
-        db.session.commit()
-    assert shown()[0] == "Before"  # messages that were read lately are not read again
-    assert (ListCache.LIFETIME, ListCache.ROOM) == (60, 32 * 2**20)  # as the README says
-    monkeypatch.setattr(ListCache, "LIFETIME", 0)
-    assert shown()[0] == "After"
-
-
-@pytest.mark.parametrize("room", [0, 700, 2000])
-def test_a_list_is_right_however_little_room_there_is_to_keep_it(app, ada, bob, echo, monkeypatch, room):
-    monkeypatch.setattr(ListCache, "ROOM", room)
-    people = {"ada": (ada, ada.create()), "bob": (bob, bob.create())}
-    with app.app_context():
-        cache = LISTS.setdefault(db.engine, ListCache())
-    sizes = set()
-    for n in range(6):
-        for name, (person, talk) in people.items():
-            person.send(talk, f"{name} {n}")
-            for _ in range(2):
-                [shown] = talks(person)
-                said = [message["text"] for message in shown["messages"]]
-                assert said == [f"{name} {k}" for k in range(n + 1) for _ in range(2)]
-                kept = [messages for listed, _ in cache.lists.values() for _, messages in listed.values()]
-                assert sum(map(len, kept)) + ListCache.OVERHEAD * len(kept) == cache.size <= room
-                sizes.add(cache.size)
-    assert (sizes == {0}) == (room == 0)
-
-
-def test_a_list_that_there_is_no_room_for_pushes_out_no_other(app, ada, bob, monkeypatch):
-    monkeypatch.setattr(ListCache, "ROOM", 1000)
-    with app.app_context():
-        cache = LISTS.setdefault(db.engine, ListCache())
-    ada.create()
-    assert len(talks(ada)) == 1
-    kept = dict(cache.lists)
-    assert list(kept) == [ada.user_id]
-    for _ in range(10):
-        bob.create()
-    assert len(talks(bob)) == 10
-    assert cache.lists == kept
-
-
-# What it costs
-
-
-def test_a_send_takes_two_statements(app, ada):
-    talk = ada.create()
-    ada.send(talk)
-    with statements(app) as sent:
-        assert ada.send(talk).status_code == 201
-    assert [statement.split()[0] for statement in sent] == ["SELECT", "WITH"]
-    assert ["INSERT INTO message" in statement for statement in sent] == [False, True]
-
-
-def test_listing_takes_as_many_statements_for_fifty_conversations_as_for_two(app, ada):
-    def cost():
-        with statements(app) as sent:
-            assert ada.get("/api/conversations").status_code == 200
-        return len(sent)
-
-    for _ in range(2):
-        ada.send(ada.create())
-    few = cost()
-    for _ in range(48):
-        ada.create()
-    assert len(talks(ada)) == 50
-    assert cost() == few
-
-
-def test_a_hundred_thousand_messages_are_deleted_by_one_statement(app, ada):
-    talk, other = ada.create(), ada.create()
-    ada.send(talk)
-    ada.send(other)
-    many = """
-        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)
-        INSERT INTO message (sender, text, conversation_id, created_at)
-        SELECT 'user', 'Hello', id, created_at FROM conversation, n WHERE id = :talk
-    """
-    count = "SELECT count(*) FROM message"
-    with app.app_context():
-        db.session.execute(text(many), {"talk": talk})
-        db.session.commit()
-        assert db.session.scalar(text(count)) == 100_004
-
-    with statements(app) as sent:
-        assert ada.delete(f"/api/conversations/{talk}").status_code == 204
-    assert [statement.split()[0] for statement in sent].count("DELETE") == 1
-    assert not [statement for statement in sent if "FROM message" in statement]
-    with app.app_context():
-        assert db.session.scalar(text(count)) == 2
-    assert [len(talk["messages"]) for talk in talks(ada)] == [2]
+    counts = []
+    for id in (few, many):
+        with record_queries(app) as queries:
+            assert ada.delete(f"/api/conversations/{id}").status_code == 204
+        counts.append(len(queries))
+    assert counts[0] == counts[1]
+    assert execute(app, "SELECT conversation_id, count(*) FROM message GROUP BY conversation_id") == [(other, 2)]
 
 
 # Meanwhile
 
 
-def test_nothing_is_stored_when_the_conversation_is_deleted_while_the_bot_thinks(app, ada, while_thinking):
-    talk, phone = ada.create(), another_device(app, ada)
-    while_thinking(lambda: phone.delete(f"/api/conversations/{talk}"))
-    assert answer(ada.send(talk)) == MISSING
-    with app.app_context():
-        assert db.session.scalar(text("SELECT count(*) FROM message")) == 0
+def create_client_and_run_during_reply(make_app, func):
+    """Return a client of ada's; while the bot replies to her, the function is called with another client of hers."""
+
+    def bot(history, **kwargs):
+        func(create_other_client(ada))
+        yield "Well."
+
+    ada = create_logged_in_client(make_app(bot=bot), "ada")
+    return ada
 
 
-@pytest.mark.parametrize("comes_back", [False, True])
-def test_nothing_is_stored_when_the_user_logs_out_while_the_bot_thinks(app, ada, while_thinking, comes_back):
-    talk, phone = ada.create(), another_device(app, ada)
-    while_thinking(lambda: (phone.logout(), comes_back and phone.login("ada")))
-    assert answer(ada.send(talk)) == (401, {"error": "Login required"})
+def test_conversation_deleted_during_a_reply_returns_404_and_leaves_no_messages(make_app):
+    ada = create_client_and_run_during_reply(make_app, lambda other: other.delete("/api/conversations/1"))
+    assert get_answer(ada.send_message(ada.create_conversation())) == NOT_FOUND
+    assert execute(ada.application, "SELECT count(*) FROM message") == [(0,)]
+
+
+def test_logout_during_a_reply_does_not_end_it(make_app):
+    ada = create_client_and_run_during_reply(make_app, lambda other: other.logout())
+    response = ada.send_message(ada.create_conversation())
+    assert response.status_code == 201
+    assert not ada.is_logged_in()
     ada.login("ada")
-    assert talks(ada) == [{"id": talk, "name": "Talk", "messages": []}]
+    assert ada.list_messages(1) == response.json
 
 
-def test_a_rename_while_the_bot_thinks_holds(app, ada, while_thinking):
-    talk, phone = ada.create("Old"), another_device(app, ada)
-    while_thinking(lambda: phone.put(f"/api/conversations/{talk}", json={"name": "New"}))
-    pair = ada.send(talk).json
-    assert talks(ada) == [{"id": talk, "name": "New", "messages": pair}]
+def test_rename_during_a_reply_is_kept(make_app):
+    ada = create_client_and_run_during_reply(
+        make_app, lambda other: other.put("/api/conversations/1", json={"name": "New"})
+    )
+    exchange = ada.send_message(ada.create_conversation("Old")).json
+    assert ada.list_conversations() == [{"id": 1, "name": "New", "messages": exchange}]
 
 
-def test_no_connection_is_held_while_the_bot_thinks(app, ada):
-    held = []
+def test_no_database_connection_is_held_while_the_bot_works(make_app):
+    def bot(history, **kwargs):
+        for text in ("Well,", " well."):
+            wait_until(is_no_connection_in_use)
+            yield text
 
-    def bot(history):
-        held.append(db.engine.pool.checkedout())
-        yield "Well,"
-        held.append(db.engine.pool.checkedout())
-        yield " well."
+    def is_no_connection_in_use():
+        with app.app_context():
+            return db.engine.pool.checkedout() == 0
 
-    app.extensions["bot"] = bot
-    assert ada.send(ada.create()).json[1]["text"] == "Well, well."
-    assert held == [0, 0]
+    app = make_app(bot=bot)
+    ada = create_logged_in_client(app, "ada")
+    assert ada.send_message(ada.create_conversation()).json[1]["text"] == "Well, well."
 
 
-def test_a_bot_that_crashes_leaves_nothing_behind(app, ada):
-    def bot(history):
-        yield "I am"
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_bug_in_the_bot_does_not_show_in_the_response(make_app, chunks):
+    def bot(history, **kwargs):
+        yield from ["I am"][:chunks]
         raise RuntimeError("a secret")
 
-    app.extensions["bot"] = bot
-    talk = ada.create()
-    assert answer(ada.send(talk)) == (500, {"error": "Internal server error"})
-    assert talks(ada) == [{"id": talk, "name": "Talk", "messages": []}]
+    ada = create_logged_in_client(make_app(bot=bot), "ada")
+    conversation = ada.create_conversation()
+    response = ada.send_message(conversation)
+    if chunks:
+        assert response.status_code == 201
+        assert [(message["text"], message.get("status")) for message in response.json] == [
+            ("Hello", None),
+            ("I am", "failed"),
+        ]
+        assert ada.list_messages(conversation) == response.json
+    else:
+        assert get_answer(response) == (500, {"error": "Internal server error"})
+        assert ada.list_messages(conversation) == []
 
 
-def test_a_rename_overtaken_by_a_delete_finds_nothing(app, ada):
-    talk, phone = ada.create(), another_device(app, ada)
-    with once("before_flush", lambda: phone.delete(f"/api/conversations/{talk}")):
-        response = ada.put(f"/api/conversations/{talk}", json={"name": "New"})
-    assert answer(response) == MISSING
-    assert talks(ada) == []
+@contextmanager
+def run_at_event(name, func):
+    """At the next event of this name in a database session, call a function in another thread and wait for it."""
+    functions = [func]
+
+    def listener(*args):
+        if functions:
+            run_all(functions.pop())
+
+    event.listen(db.session, name, listener)
+    try:
+        yield
+    finally:
+        event.remove(db.session, name, listener)
+    assert not functions
 
 
-def test_a_delete_overtaken_by_a_delete_is_done(app, ada):
-    talk, phone = ada.create(), another_device(app, ada)
-    with once("before_flush", lambda: phone.delete(f"/api/conversations/{talk}")):
-        response = ada.delete(f"/api/conversations/{talk}")
-    assert response.status_code in (204, 404)
-    assert talks(ada) == []
+@on_postgresql  # on SQLite a request that writes lets no other one write
+@pytest.mark.parametrize(
+    ("method", "answer"), [("PUT", NOT_FOUND), ("PATCH", NOT_FOUND), ("DELETE", (204, None))]
+)
+def test_change_of_a_conversation_that_is_being_deleted_returns_as_if_it_came_later(ada, method, answer):
+    path, other = f"/api/conversations/{ada.create_conversation()}", create_other_client(ada)
+    with run_at_event("before_flush", lambda: other.delete(path)):
+        response = ada.open(path, method=method, json={"name": "New"})
+    assert get_answer(response) == answer
+    assert ada.list_conversations() == []
 
 
-def test_what_was_created_or_renamed_is_told_even_if_it_is_deleted_at_once(app, ada):
-    phone = another_device(app, ada)
-    talk = ada.create()
-    with once("after_commit", lambda: phone.delete(f"/api/conversations/{talk}")):
-        renamed = ada.put(f"/api/conversations/{talk}", json={"name": "New"})
-    assert answer(renamed) == (200, {"id": talk, "name": "New"})
-    with once("after_commit", lambda: phone.delete(f"/api/conversations/{talk + 1}")):
+@on_postgresql
+def test_create_conversation_while_the_account_is_deleted_returns_401(ada):
+    other = create_other_client(ada)
+    with run_at_event("before_flush", lambda: other.delete("/api/account", json={"password": PASSWORD})):
+        response = ada.post("/api/conversations", json={"name": "New"})
+    assert get_answer(response) == (401, {"error": "Login required"})
+
+
+def test_conversation_deleted_right_after_a_change_is_returned_as_changed(ada):
+    id, other = ada.create_conversation(), create_other_client(ada)
+    with run_at_event("after_commit", lambda: other.delete(f"/api/conversations/{id}")):
+        renamed = ada.put(f"/api/conversations/{id}", json={"name": "New"})
+    assert get_answer(renamed) == (200, {"id": id, "name": "New"})
+    with run_at_event("after_commit", lambda: other.delete(f"/api/conversations/{id + 1}")):
         created = ada.post("/api/conversations", json={"name": "Brief"})
-    assert answer(created) == (201, {"id": talk + 1, "name": "Brief"})
-    assert talks(ada) == []
+    assert get_answer(created) == (201, {"id": id + 1, "name": "Brief"})
+    assert ada.list_conversations() == []
 
 
-def test_pairs_stay_whole_and_together_whoever_else_is_sending(app, ada, echo):
-    talk = ada.create()
+def test_exchanges_stay_together_when_many_clients_send(echo_ada):
+    conversation = echo_ada.create_conversation()
+    clients = [create_other_client(echo_ada) for _ in range(12)]
 
-    def send_twenty(name, client):
-        return [client.send(talk, f"{name}-{n}").json for n in range(20)]
+    def send_messages(number):
+        return [clients[number].send_message(conversation, f"{number}-{n}").json for n in range(8)]
 
-    devices = [another_device(app, ada) for _ in range(16)]
-    sent = together(
-        *[lambda name=name, client=client: send_twenty(name, client) for name, client in enumerate(devices)]
-    )
-    stored = talks(ada)[0]["messages"]
-
-    ids = [message["id"] for message in stored]
-    assert ids == sorted(set(ids))
-    pairs = [stored[n : n + 2] for n in range(0, len(stored), 2)]
-    assert pairs == sorted(itertools.chain(*sent), key=lambda pair: pair[0]["id"])
-    assert [[message["sender"] for message in pair] for pair in pairs] == [["user", "bot"]] * 320
-    assert [user["text"] for user, bot in pairs] == [bot["text"] for user, bot in pairs]
-    for name in range(16):
-        said = [user["text"] for user, bot in pairs if user["text"].startswith(f"{name}-")]
-        assert said == [f"{name}-{n}" for n in range(20)]
+    exchanges = run_concurrently(len(clients), send_messages)
+    messages = echo_ada.list_messages(conversation)
+    assert get_ids(messages) == sorted(set(get_ids(messages)))
+    stored = [messages[n : n + 2] for n in range(0, len(messages), 2)]
+    assert stored == sorted(chain(*exchanges), key=lambda exchange: exchange[0]["id"])
+    for number in range(len(clients)):
+        texts = [question["text"] for question, _ in stored if question["text"].startswith(f"{number}-")]
+        assert texts == [f"{number}-{n}" for n in range(8)]
+    assert all(question["text"] == reply["text"] for question, reply in stored)
 
 
-def test_users_talk_at_once_without_mixing(app, echo):
-    people = [newcomer(app, f"user {n}") for n in range(6)]
+def test_conversations_of_users_who_send_at_once_do_not_mix(make_app):
+    app = make_app(bot=echo)
+    clients = [create_logged_in_client(app, f"user {n}") for n in range(6)]
 
-    def talk_about(topic, person):
-        talk = person.create(topic)
+    def send_messages(number):
+        conversation = clients[number].create_conversation()
         for n in range(5):
-            assert person.send(talk, f"{topic} {n}").status_code == 201
+            assert clients[number].send_message(conversation, f"{number} {n}").status_code == 201
 
-    together(*[lambda n=n, person=person: talk_about(f"topic {n}", person) for n, person in enumerate(people)])
-    for n, person in enumerate(people):
-        (talk,) = talks(person)
-        said = [f"topic {n} {i}" for i in range(5) for _ in ("user", "bot")]
-        assert [message["text"] for message in talk["messages"]] == said
+    run_concurrently(len(clients), send_messages)
+    for number, client in enumerate(clients):
+        [conversation] = client.list_conversations()
+        texts = [f"{number} {n}" for n in range(5) for _ in ("user", "bot")]
+        assert [message["text"] for message in conversation["messages"]] == texts

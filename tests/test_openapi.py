@@ -2,23 +2,25 @@
 
 import json
 import re
+from io import BytesIO
 from itertools import count
 from urllib.parse import urlencode
 
 import pytest
 import yaml
-from flask.testing import FlaskClient
 
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
 from app.database import MAX_ID
 from app.replies import SILENCE_INTERVAL
-from tests.helpers.server import PASSWORD, ROOT, find_free_port
+from tests.conftest import PASSWORD, SHARED_SESSIONS, Client
+from tests.helpers.bots import ASYNC, STREAM, read_events
+from tests.helpers.server import ROOT, find_free_port, parse_events
 
 DOCUMENT = yaml.safe_load((ROOT / "app" / "openapi.yaml").read_text(encoding="utf-8"))
 COMPONENTS = DOCUMENT["components"]
 METHODS = ("get", "put", "patch", "post", "delete")
 MAX_BODY_SIZE = 2**20
-STREAM = "text/event-stream"
+EVENT_STREAM = "text/event-stream"
 DESCRIBED_HEADERS = {
     *("Allow", "ETag", "Idempotent-Replayed", "Link", "Location", "Preference-Applied", "Retry-After", "Set-Cookie"),
 }
@@ -65,6 +67,7 @@ OPERATIONS = [
     Operation(path, method) for path, item in DOCUMENT["paths"].items() for method in item if method in METHODS
 ]
 WRITES = [operation for operation in OPERATIONS if operation.method != "GET"]
+CREDENTIALS = COMPONENTS["requestBodies"]["Credentials"]["content"]["application/json"]["example"]
 each_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=repr)
 
 
@@ -92,13 +95,13 @@ def assert_valid_header(text, header):
 
 def assert_valid_events(text):
     """Assert that the data of each server-sent event matches the schema of its kind."""
-    events = re.findall(r"^event: (\w+)\ndata: (.*)\n\n", text, re.MULTILINE)
+    events = list(parse_events(BytesIO(text.encode())))
     assert events
-    for name, data in events:
-        assert_valid(json.loads(data), {"$ref": f"#/components/schemas/{EVENT_SCHEMAS[name]}"})
+    for name, data, _ in events:
+        assert_valid(data, {"$ref": f"#/components/schemas/{EVENT_SCHEMAS[name]}"})
 
 
-class ValidatingClient(FlaskClient):
+class ValidatingClient(Client):
     """A client that compares every response with the document; `seen` has the label, status and text of each."""
 
     def open(self, *args, **kwargs):
@@ -106,12 +109,13 @@ class ValidatingClient(FlaskClient):
         operation = find_operation(response.request.method, response.request.path)
         description = self.find_response(operation, response)
         self.seen.append((operation and operation.label, response.status_code, response.text))
-        content = description.get("content", {})
-        if response.mimetype == STREAM:
+        content, headers = description.get("content", {}), description.get("headers", {})
+        if response.mimetype == EVENT_STREAM:
             assert_valid_events(response.text)
+            headers = {"Idempotent-Replayed": COMPONENTS["headers"]["IdempotentReplayed"]}
         elif response.data or content:
             assert_valid(response.json, content[response.mimetype]["schema"])
-        self.assert_valid_headers(response.headers, description.get("headers", {}))
+        self.assert_valid_headers(response.headers, headers)
         return response
 
     def find_response(self, operation, response):
@@ -119,34 +123,21 @@ class ValidatingClient(FlaskClient):
         status = response.status_code
         if operation is None:
             return COMPONENTS["responses"][{404: "NotFound", 405: "MethodNotAllowed"}[status]]
-        if response.mimetype == STREAM:  # the stream of a reply is described at the endpoint `events`
+        if response.mimetype == EVENT_STREAM:  # the stream of a reply is described at the endpoint `events`
             assert operation.id in ("sendMessage", "editMessage", "followReply")
             operation = next(operation for operation in OPERATIONS if operation.id == "followReply")
         assert status in operation.responses, (operation.label, status, response.text)
         return operation.responses[status]
 
     def assert_valid_headers(self, headers, descriptions):
-        """Assert that headers are as described, and no other header that clients need is there."""
+        """Assert that headers are as described, and that no header which clients need is undescribed."""
         assert re.fullmatch(r"[\w.-]{1,64}", headers["X-Request-ID"])
-        assert DESCRIBED_HEADERS & set(headers.keys()) <= {*descriptions, "Idempotent-Replayed"}
+        assert DESCRIBED_HEADERS & set(headers.keys()) <= set(descriptions)
         for name, header in descriptions.items():
             header = resolve(header)
             assert name in headers or not header.get("required"), name
             for text in headers.getlist(name):
                 assert_valid_header(text, header)
-
-    def signup(self, username, password=PASSWORD):
-        return self.post("/api/signup", json={"username": username, "password": password})
-
-    def login(self, username, password=PASSWORD):
-        return self.post("/api/login", json={"username": username, "password": password})
-
-    def create_conversation(self, name):
-        return self.post("/api/conversations", json={"name": name}).json["id"]
-
-    def send_message(self, conversation_id, text, **headers):
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.post(f"/api/conversations/{conversation_id}/messages", json={"text": text}, headers=headers)
 
 
 def get_example(operation):
@@ -207,8 +198,8 @@ def exercise_success(client):
     for text in ("Hello", "Can machines think?"):
         client.send_message(first, text)
     for _ in range(2):
-        client.send_message(first, "Once", Idempotency_Key="once")
-    client.send_message(first, "Other", Idempotency_Key="once")
+        client.send_message(first, "Once", headers={"Idempotency-Key": "once"})
+    client.send_message(first, "Other", headers={"Idempotency-Key": "once"})
     pages = ({}, {"limit": 1, "q": "hello"}, {"limit": 1, "before": MAX_ID, "after": 0, "messages": 1, "q": "machines"})
     for operation in OPERATIONS:
         if operation.method == "GET":
@@ -225,13 +216,13 @@ def exercise_streams(client):
     conversation_id = client.create_conversation("Streams")
     messages = f"/api/conversations/{conversation_id}/messages"
     for text in ("Hello", "/drop 3", "/fail"):
-        client.send_message(conversation_id, text, Accept=STREAM)
-    _, reply = client.send_message(conversation_id, "/slow 30", Prefer="respond-async").json
+        client.send_message(conversation_id, text, headers=STREAM)
+    _, reply = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.post(f"{messages}/{reply['id']}/stop")
     client.post(f"{messages}/{reply['id']}/stop")
     client.get(f"{messages}/{reply['id']}")
     events = client.get(f"{messages}/{reply['id']}/events")
-    last_event_id = re.findall(r"^id: (.*)$", events.text, re.MULTILINE)[-1]
+    _, _, last_event_id = read_events(events)[-1]
     client.get(f"{messages}/{reply['id']}/events", headers={"Last-Event-ID": last_event_id})
 
 
@@ -241,10 +232,9 @@ def exercise_edits(client):
     messages = f"/api/conversations/{conversation_id}/messages"
     message, reply = client.send_message(conversation_id, "Hello").json
     client.put(f"{messages}/{reply['id']}", json={"text": "Hello"})
-    for headers in ({}, {"Accept": STREAM}, {"Prefer": "respond-async"}):
-        last_id = client.get(messages).json[0]["id"]
-        client.put(f"{messages}/{last_id}", json={"text": f"Hello {headers}"}, headers=headers)
-    message, _ = client.send_message(conversation_id, "/slow 30", Prefer="respond-async").json
+    for headers in ({}, STREAM, ASYNC):
+        client.put(f"{messages}/{message['id']}", json={"text": f"Hello {headers}"}, headers=headers)
+    message, _ = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.put(f"{messages}/{message['id']}", json={"text": "Hello"})
     client.delete(f"/api/conversations/{conversation_id}")
 
@@ -280,11 +270,10 @@ def exercise_refusals(client, other_client, anonymous_client):
     anonymous_client.signup("ada")
     anonymous_client.signup(" ada")
     anonymous_client.login("ada", "wrong")
-    other_id = other_client.get("/api/current_user").json["user"]["user_id"]
-    client.post(f"/api/logout/{other_id}")
+    client.post(f"/api/logout/{other_client.user_id}")
     client.put("/api/password", json={"current_password": "wrong", "new_password": PASSWORD})
     client.delete("/api/account", json={"password": "wrong"})
-    client.send_message(1, "Hello", Idempotency_Key="not visible")
+    client.send_message(1, "Hello", headers={"Idempotency-Key": "not visible"})
     for query in ("before=1", "messages=1001", "order=oldest", "cursor=invalid"):
         client.get(f"/api/conversations?{query}")
     client.get("/api/users/status?after=1")
@@ -301,6 +290,8 @@ def exercise_invalid_requests(client, anonymous_client):
         if 404 in operation.responses:
             for number in (0, 99, MAX_ID + 1):
                 open_operation(client, operation, conversation_id=number, user_id=0)
+        if "{message_id}" in operation.path:
+            open_operation(client, operation, message_id=99)
         if 400 in operation.responses and operation.method == "GET":
             client.get(operation.url(limit=0, messages=-1))
     for operation in WRITES:
@@ -327,7 +318,7 @@ def exercise_limits(create_client):
     client = create_client(username="erin", MAX_CONCURRENT_REPLIES=1)
     conversation_id = client.create_conversation("Limits")
     message, _ = client.send_message(conversation_id, "Hello").json
-    _, reply = client.send_message(conversation_id, "/slow 30", Prefer="respond-async").json
+    _, reply = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.send_message(conversation_id, "Hello")
     client.put(f"/api/conversations/{conversation_id}/messages/{message['id']}", json={"text": "Hello"})
     client.post(f"/api/conversations/{conversation_id}/messages/{reply['id']}/stop")
@@ -336,15 +327,14 @@ def exercise_limits(create_client):
 def exercise_end(client, other_client):
     """Change the password, log out, and delete an account."""
     client.put("/api/password", json={"current_password": PASSWORD, "new_password": "battery staple"})
-    client.post(f"/api/logout/{client.get('/api/current_user').json['user']['user_id']}")
+    client.logout()
     other_client.delete("/api/account", json={"password": PASSWORD})
 
 
 def exercise_missing_database(create_client):
     """Call every operation with a valid session cookie and without a database."""
-    settings = {"SECRET_KEY": "k" * 32, "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
-    session = create_client(username="frank", **settings).get_cookie("chatbot_session").value
-    client = create_client(DATABASE_URL=f"postgresql://chat@127.0.0.1:{find_free_port()}/chat", **settings)
+    session = create_client(username="frank", **SHARED_SESSIONS).session_cookie
+    client = create_client(DATABASE_URL=f"postgresql://chat@127.0.0.1:{find_free_port()}/chat", **SHARED_SESSIONS)
     for operation in OPERATIONS:
         client.set_cookie("chatbot_session", session)
         open_operation(client, operation, q="Hello")
@@ -407,19 +397,18 @@ def test_responses_are_exactly_those_described(exercise_api):
 def test_described_errors_are_those_of_the_program(exercise_api):
     seen = {json.loads(text)["error"] for _, status, text in exercise_api() if status >= 400}
     responses = [response for operation in OPERATIONS for response in operation.responses.values()]
-    for response in [*responses, COMPONENTS["responses"]["NotFound"], COMPONENTS["responses"]["MethodNotAllowed"]]:
-        example = response.get("content", {}).get("application/json", {}).get("example")
-        if isinstance(example, dict) and "error" in example:
-            assert example["error"] in seen
+    contents = [response.get("content", {}) for response in [*responses, *COMPONENTS["responses"].values()]]
+    examples = [content.get("application/json", {}).get("example") for content in contents]
+    assert {example["error"] for example in examples if isinstance(example, dict) and "error" in example} <= seen
 
 
 @each_operation
 def test_request_example_is_accepted(operation, app, create_client):
     client = create_client(app)
     if operation.id != "signup":
-        client.signup(**{**COMPONENTS["requestBodies"]["Credentials"]["content"]["application/json"]["example"]})
+        client.signup(**CREDENTIALS)
     if operation.requires_login:
-        client.post("/api/login", json=get_example(next(item for item in OPERATIONS if item.id == "login")))
+        client.login(**CREDENTIALS)
         client.send_message(client.create_conversation("Conversation"), "Hello")
     response = open_operation(client, operation, q="Hello")
     assert response.status_code < 300, response.text
@@ -431,7 +420,7 @@ def test_examples_match_their_schemas(operation):
         assert_valid(operation.body["example"], operation.body["schema"])
     for response in operation.responses.values():
         for media_type, content in response.get("content", {}).items():
-            if media_type == STREAM:
+            if media_type == EVENT_STREAM:
                 assert_valid_events(content["example"])
             elif "example" in content:
                 assert_valid(content["example"], content["schema"])

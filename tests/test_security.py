@@ -185,11 +185,22 @@ def test_is_common_password_accepts_other_passwords(password):
     ],
 )
 def test_hashing_does_not_stop_the_event_loop(call, result):
-    assert run_gevent(f"""
-password_hash = generate_password_hash("word", "pbkdf2:sha256:1")
-gevent.spawn(print, "another greenlet")
+    output, switches = run_gevent(f"""
+switches = []
+
+def count():
+    while True:
+        switches.append(True)
+        gevent.sleep(0.001)
+
+app.config["PASSWORD_HASH_METHOD"] = "pbkdf2:sha256:300000"
+password_hash = generate_password_hash("word", "pbkdf2:sha256:300000")
+gevent.spawn(count)
 print({call})
-""") == ["another greenlet", result]
+print(len(switches))
+""")
+    assert output == result
+    assert int(switches) > 10
 
 
 def test_verify_password_with_unreadable_hash_prints_no_traceback():

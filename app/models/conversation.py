@@ -73,8 +73,8 @@ class Conversation(db.Model):
 
     @classmethod
     def get_version(cls, user_id, **filters):
-        """Return what changes whenever list_for_user() does, for an ETag: rows of (id, name, updated_at)."""
-        query = select(cls.id, cls.name, cls.updated_at)
+        """Return what changes whenever list_for_user() does, for an ETag."""
+        query = select(*cls.__table__.columns)
         return db.session.execute(cls.filter_for_user(query, user_id, **filters)).all()
 
     @classmethod
@@ -319,7 +319,7 @@ class Exchange:
         Returns False if the exchange has been deleted.
         """
         touch(self.conversation_id, self.user_id)
-        reply_id, question_id, self.replaces_id = self.reply["id"], self.replaces_id, None
+        reply_id, question_id = self.reply["id"], self.replaces_id
         shown = update(Message).where(Message.id == reply_id).values(replaces_id=None)
         if db.session.execute(shown).rowcount == 0:
             return False
@@ -328,6 +328,7 @@ class Exchange:
         edited = update(Message).where(Message.id == question_id).values(text=self.question["text"])
         db.session.execute(edited)
         db.session.commit()
+        self.replaces_id = None
         return True
 
     def discard(self):

@@ -110,9 +110,7 @@ class Message(db.Model):
         pending = Message.get_pending_edit(self.conversation_id, "bot")
         if pending and pending.replaces_id == self.id:
             return pending
-        return db.session.scalar(
-            self.select_visible("bot").where(Message.id > self.id).order_by(Message.id).limit(1)
-        )
+        return db.session.scalar(self.select_visible("bot").where(Message.id > self.id).order_by(Message.id).limit(1))
 
     def get_question(self):
         """Return the user's message that this message of the bot replies to."""

@@ -50,7 +50,7 @@ class User(UserMixin, db.Model):
         return cls.is_logged_in & (cls.last_login >= valid_from)
 
     @classmethod
-    def list_status(cls, valid_from=datetime.min.replace(tzinfo=UTC), after=0, limit=MAX_ID):
+    def list_status(cls, valid_from, after=0, limit=MAX_ID):
         """Return the status of at most `limit` users above the id `after`, as the text of a JSON array.
 
         And the id of the last of them, or None if there are no more users.
@@ -92,7 +92,7 @@ class User(UserMixin, db.Model):
         return self.update_if(
             User.password_hash == self.password_hash,
             is_logged_in=True,
-            last_login=datetime.now(UTC),
+            last_login=max(datetime.now(UTC), valid_from),  # the clock may have been set back since
             session_token=token,
             password_hash=password_hash or self.password_hash,
         )

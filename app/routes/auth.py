@@ -32,8 +32,11 @@ bp = Blueprint("auth", __name__)
 @login_manager.user_loader
 def load_user(session_token):
     """Return the logged-in user of a session token, or None."""
+    if not isinstance(session_token, str) or "\0" in session_token:  # another app with this SECRET_KEY signed it
+        return None
     user = User.get_by_session_token(session_token, current_app.config["SESSIONS_VALID_FROM"])
-    g.user_id = user and user.user_id
+    if user:
+        g.user_id = user.user_id
     return user
 
 

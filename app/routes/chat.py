@@ -1,7 +1,7 @@
 """Conversations, messages and replies."""
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import chain, islice
 
 from flask import Blueprint, abort, current_app, g, request, stream_with_context
@@ -12,7 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from app import db
 from app.bot import BotError
-from app.database import format_timestamp
+from app.database import MAX_ID, format_timestamp
 from app.errors import error_message, to_http_exception
 from app.models import Conversation, Message
 from app.models.conversation import Exchange, touch
@@ -100,8 +100,8 @@ def get_cursor():
         return None
     try:
         updated_at, id = urlsafe_b64decode(cursor).decode().split()
-        return datetime.fromisoformat(updated_at).astimezone(), int(id)
-    except ValueError:
+        return datetime.fromisoformat(updated_at).astimezone(UTC), min(abs(int(id)), MAX_ID)
+    except (ValueError, OverflowError):
         abort(400, "cursor must come from a Link header")
 
 

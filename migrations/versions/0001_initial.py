@@ -64,9 +64,7 @@ def upgrade():
             "status IN ('complete', 'in_progress', 'stopped', 'failed', 'truncated')", name=op.f("ck_message_status")
         ),
         sa.CheckConstraint("sender = 'bot' OR status = 'complete'", name=op.f("ck_message_user_status")),
-        sa.CheckConstraint(
-            "(status = 'in_progress') = (heartbeat_at IS NOT NULL)", name=op.f("ck_message_heartbeat")
-        ),
+        sa.CheckConstraint("(status = 'in_progress') = (heartbeat_at IS NOT NULL)", name=op.f("ck_message_heartbeat")),
         sa.ForeignKeyConstraint(
             ["conversation_id"], ["conversation.id"], name="fk_message_conversation_id_conversation", ondelete="CASCADE"
         ),

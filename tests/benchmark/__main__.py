@@ -1,6 +1,6 @@
 """`python -m tests.benchmark` measures the program beside the textbook version, and prints a Markdown table.
 
-It needs wrk. PostgreSQL is measured too if TEST_DATABASE_URL names a server where databases may be made.
+It needs wrk. PostgreSQL is measured too if TEST_DATABASE_URL names a server where databases may be created.
 Both send into eight conversations in turn, one for each connection of wrk.
 """
 
@@ -76,8 +76,8 @@ def measure(name, rounds, seconds):
             return lambda side: wrk(side.program.port, seconds, [path], side.reader.cookie)
 
         def send(side):
-            said = {"text": "Hello there, what do you make of this?"}
-            return wrk(side.program.port, seconds, side.sends, side.sender.cookie, said)
+            body = {"text": "Hello there, what do you make of this?"}
+            return wrk(side.program.port, seconds, side.sends, side.sender.cookie, body)
 
         yield side_by_side("list 1,000 messages, again and again", get(LIST))
         yield side_by_side("list 1,000 messages, on a page", get(PAGE))

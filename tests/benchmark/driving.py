@@ -15,8 +15,8 @@ from statistics import median
 
 from sqlalchemy import create_engine, text
 
-from tests.conftest import SERVER_URL, postgresql_database
-from tests.serving import PATIENCE, ROOT, HttpClient
+from tests.conftest import SERVER_URL, create_postgresql_database
+from tests.helpers.server import ROOT, TIMEOUT, HttpClient
 
 CONNECTIONS = 8
 TIME = "2026-01-31T12:00:00.123456Z"  # when everything happened that a database is filled with
@@ -32,7 +32,7 @@ def sqlite_database():
 
 DATABASES = {"SQLite": sqlite_database}
 if SERVER_URL:
-    DATABASES["PostgreSQL"] = postgresql_database
+    DATABASES["PostgreSQL"] = create_postgresql_database
 
 
 def psycopg_url(url):
@@ -59,25 +59,25 @@ class Filler:
 
     def users(self, first, last):
         """Add users by number; they cannot log in."""
-        columns, values = ("user_id, ", "i, ") if self.textbook else ("", "")
         self._insert(
-            f'"user" ({columns}username, password_hash, is_logged_in, last_login, last_logout)',
-            f"{values}'user' || i, '!', i % 2 = 0, '{self.time}', '{self.time}'",
+            '"user" (user_id, username, password_hash, is_logged_in, last_login, last_logout)',
+            f"i, 'user' || i, '!', i % 2 = 0, '{self.time}', '{self.time}'",
             first,
             last,
         )
 
     def conversations(self, count, owner):
         """Add conversations; `owner` is SQL that makes the key of a user from their number i."""
-        into = "conversation (name, user_id, created_at)"
-        self._insert(into, f"'Conversation ' || i, {owner}, '{self.time}'", 1, count)
+        columns, values = ("", "") if self.textbook else (", updated_at", f", '{self.time}'")
+        into = f"conversation (name, user_id, created_at{columns})"
+        self._insert(into, f"'Conversation ' || i, {owner}, '{self.time}'{values}", 1, count)
 
     def messages(self, first, last, conversation):
         """Add messages by number; `conversation` is SQL that makes the key of a conversation from their number i."""
-        said = "' messages were said before this one, and some more words make it as long as messages are.'"
+        message_text = "' messages were sent before this one, and some more words make it as long as messages are.'"
         self._insert(
             "message (sender, text, conversation_id, created_at)",
-            f"CASE i % 2 WHEN 1 THEN 'user' ELSE 'bot' END, i || {said}, {conversation}, '{self.time}'",
+            f"CASE i % 2 WHEN 1 THEN 'user' ELSE 'bot' END, i || {message_text}, {conversation}, '{self.time}'",
             first,
             last,
         )
@@ -118,7 +118,7 @@ class Program:
             start_new_session=True,
         )
         while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > began + PATIENCE:
+            if self.process.poll() is not None or time.monotonic() > began + TIMEOUT:
                 self.stop()
                 self.log.seek(0)
                 raise SystemExit(f"{arguments} does not serve:\n{self.log.read()}")
@@ -141,7 +141,7 @@ class Program:
     def stop(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
 
     def login(self, username):
         """Return the client of a user, with a session."""

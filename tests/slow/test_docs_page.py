@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -140,10 +140,10 @@ def serve_below_prefix(port, prefix):
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self):
             assert self.path.startswith(prefix)
-            connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
-            connection.request("GET", self.path.removeprefix(prefix), headers={"Host": self.headers["Host"]})
-            response = connection.getresponse()
-            body = response.read()
+            with closing(HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
+                connection.request("GET", self.path.removeprefix(prefix), headers={"Host": self.headers["Host"]})
+                response = connection.getresponse()
+                body = response.read()
             self.send_response_only(response.status)
             for name in ("Content-Type", "Content-Security-Policy", "Location"):
                 if value := response.headers[name]:

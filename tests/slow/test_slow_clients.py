@@ -19,6 +19,7 @@ from tests.helpers.tls import create_certificate, create_tls_context
 
 pytestmark = pytest.mark.slow
 
+MAX_SECONDS = 120  # that a client goes on if the server lets it
 WAIT = 240  # seconds until every client must have finished
 SLOW_SECONDS = 40  # longer than the server waits for a client that takes nothing
 LIST_MESSAGES = 60  # of 100,000 characters that JSON makes six times longer: more than the kernel's buffers hold
@@ -75,7 +76,7 @@ def drip(connection, chunks, interval=0.5):
     start = time.monotonic()
     with connection:
         for chunk in chunks:
-            if select.select([connection], [], [], interval)[0]:
+            if select.select([connection], [], [], interval)[0] or time.monotonic() > start + MAX_SECONDS:
                 break
             with suppress(ConnectionError):
                 connection.sendall(chunk)
@@ -144,7 +145,8 @@ def pause_in_body(port):
 def pipeline_and_read_nothing(port):
     """Send requests without reading the responses; return the seconds until the server resets the connection."""
     start = time.monotonic()
-    with connect(port) as connection, suppress(ConnectionError):
+    with connect(port) as connection, suppress(OSError):
+        connection.settimeout(MAX_SECONDS)
         while True:
             connection.sendall(format_head("GET /api/openapi.json HTTP/1.1") * 10)
     return time.monotonic() - start
@@ -185,6 +187,7 @@ def drip_tls_record(port):
             except ssl.SSLWantReadError:
                 connection.sendall(outgoing.read())
                 incoming.write(connection.recv(65536))
+        connection.sendall(outgoing.read())
         tls.write(format_head("GET /api/test HTTP/1.1", "X-Long: " + "a" * 1000))
         record = outgoing.read()
         while select.select([connection], [], [], 1)[0]:
@@ -240,13 +243,13 @@ def follow_silent_stream(server, client):
         return list(follower.stream("POST", path, {"text": f"/slow {SLOW_SECONDS}"}))[-1]
 
 
-def test_connection_without_request_is_closed_within_5_seconds(outcomes):
+def test_connection_without_request_is_closed_after_10_seconds(outcomes):
     seconds, response = outcomes["send_nothing"].result(WAIT)
     assert response == b""
-    assert 4 < seconds < 20
+    assert 4 < seconds < 25
 
 
-def test_idle_connection_is_closed_within_5_seconds_after_response(outcomes):
+def test_idle_connection_is_closed_5_seconds_after_response(outcomes):
     seconds, response = outcomes["send_second_request_never"].result(WAIT)
     assert response.startswith(b"HTTP/1.1 200 OK")
     assert 4 < seconds < 20

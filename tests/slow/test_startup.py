@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import ssl
 import subprocess
 import sys
 from contextlib import closing, suppress
@@ -20,8 +19,8 @@ from sqlalchemy.engine import make_url
 
 from config import SETTINGS
 from tests.helpers.server import ROOT, TIMEOUT, HttpClient, Server, find_free_port, wait_until
+from tests.helpers.tls import create_certificate, create_tls_context
 
-pytestmark = pytest.mark.slow
 POSTGRESQL_URL = os.environ.get("TEST_DATABASE_URL")
 SECRET_KEY = "0123456789abcdef0123456789abcdef"
 WITHOUT_GUNICORN = """
@@ -214,13 +213,8 @@ def test_sigterm_ends_the_program_with_status_0_and_a_restart_ends_sessions(star
 
 
 def test_run_with_certificate_sends_secure_cookies(start, tmp_path):
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject, *files]
-    subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
-    server = start("--certfile", str(tmp_path / "cert.pem"), "--keyfile", str(tmp_path / "key.pem"))
-    context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
-    with HttpClient(server.port, context=context) as client:
+    server = start("--certfile", str(create_certificate(tmp_path)))
+    with HttpClient(server.port, context=create_tls_context()) as client:
         client.signup("ada")
         cookie = client.login("ada").headers["Set-Cookie"]
     assert cookie.startswith("__Host-chatbot_session=")

@@ -56,7 +56,8 @@ check(ended.status === undefined && ended.text !== "", "the reply is complete");
 const messages: Schemas["Message"][] = [];
 let before: number | undefined;
 for (let more = true; more; ) {
-  const page = await api.GET(MESSAGES, { params: { path, query: before ? { limit: 1, before } : { limit: 1 } } });
+  const query: paths[typeof MESSAGES]["get"]["parameters"]["query"] = before ? { limit: 1, before } : { limit: 1 };
+  const page = await api.GET(MESSAGES, { params: { path, query } });
   messages.unshift(...unwrap(page));
   before = messages[0]?.id;
   more = page.response.headers.has("Link");

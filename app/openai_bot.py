@@ -1,0 +1,340 @@
+"""A bot that asks a model through the OpenAI API, which most model servers offer.
+
+http.client with orjson takes 12 us of CPU for a chunk. The openai package takes 30 times that, and 40 MB and
+half a second to be imported.
+"""
+
+import base64
+import os
+import ssl
+import time
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from socket import SHUT_RDWR
+from threading import Lock, Thread
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import orjson
+
+from app.bot import BotError, BotMessageTooLong, BotTimeout, fit_history
+from app.openai_protocol import ContextExceeded, check_end, iter_events, parse_chunk, parse_error, skip_thinking
+
+BLOCK_BYTES = 65_536
+BLOCKS_PER_SWITCH = 64  # after so many, other threads run; greenlets would not by themselves
+FINISH_TIMEOUT = 3  # seconds of silence after a finish reason that end the reply
+DRAIN_TIMEOUT, MAX_DRAIN_BLOCKS = 1, 8  # for the end of a response after the end of its reply
+IDLE_TIMEOUT, MAX_IDLE_CONNECTIONS = 30, 20
+ROLES = {"user": "user", "bot": "assistant"}
+
+
+class OpenAIBot:
+    """A bot whose replies a model writes."""
+
+    def __init__(self, config):
+        self.server = ModelServer(config["OPENAI_BASE_URL"], config["OPENAI_API_KEY"], config["BOT_TIMEOUT"])
+        self.options = {**config["BOT_OPTIONS"], "model": config["BOT_MODEL"], "stream": True}
+        self.system_prompt = config["BOT_SYSTEM_PROMPT"]
+        self.max_chars = config["BOT_HISTORY_CHARS"]
+
+    def __call__(self, history, user_id=None, conversation_id=None):
+        """Return the reply to a history as an iterator."""
+        return ReplyStream(self, history)
+
+    def encode_request(self, history):
+        """Return the body of a request."""
+        messages = [{"role": ROLES[sender], "content": text} for sender, text in history]
+        if self.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return orjson.dumps({**self.options, "messages": messages})
+
+
+class ReplyStream:
+    """An iterator over the chunks of a reply.
+
+    A thread reads the model's response into a queue, so that no state of the network can hold up the iteration.
+    """
+
+    def __init__(self, bot, history):
+        self._bot = bot
+        self._history = history
+        self._exchange = Exchange(bot.server)
+        self._items = SimpleQueue()  # texts, of which an empty one is a sign of life only, and finally an exception
+        self._end = None
+        Thread(target=self._produce, daemon=True).start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        text = ""
+        while not text:
+            if self._end:
+                raise self._end
+            text = self._receive()
+        return text
+
+    def cancel(self):
+        """End the reply, unless it has ended, and close the connection; any thread may do so."""
+        if not self._end:
+            self._items.put(StopIteration())  # before the error that aborting causes
+            self._exchange.abort()
+
+    def close(self):
+        """End the reply, as for a generator."""
+        self.cancel()
+
+    def _receive(self):
+        """Wait for a sign of life and return all text that has arrived."""
+        try:
+            items = [self._items.get(timeout=self._bot.server.timeout)]
+        except Empty:
+            self.cancel()
+            items = [BotTimeout(f"no text from the model for {self._bot.server.timeout} s")]
+        while isinstance(items[-1], str) and not self._items.empty():
+            items.append(self._items.get())
+        if not isinstance(items[-1], str):
+            self._end = items.pop()
+        return "".join(items)
+
+    def _produce(self):
+        """Put the texts of the reply into the queue, and finally the exception that ends the iteration."""
+        end = StopIteration()
+        try:
+            for text in self._read_reply():
+                self._items.put(text)
+        except TimeoutError:
+            end = BotTimeout(f"no data from the model for {self._bot.server.timeout} s")
+        except (OSError, HTTPException, ValueError) as error:
+            end = BotError(f"the connection to the model failed: {type(error).__name__}")
+        except Exception as error:
+            end = error
+        self._items.put(end)
+        self._exchange.release()
+
+    def _read_reply(self):
+        """Yield the texts of the reply; ask with half the history as often as the context is exceeded."""
+        history = fit_history(self._history, self._bot.max_chars)
+        while True:
+            try:
+                yield from skip_thinking(self._read_response(self._bot.encode_request(history)))
+                return
+            except ContextExceeded as error:
+                length = sum(len(text) for _, text in history)
+                if length == len(self._history[-1][1]):
+                    raise BotMessageTooLong(str(error)) from None
+            self._exchange.release()
+            history = fit_history(self._history, length // 2)
+
+    def _read_response(self, body):
+        """Send a request and yield the texts of its response; an empty one stands for reasoning."""
+        response = self._exchange.send(body)
+        if not 200 <= response.status < 300:
+            raise parse_error(response.status, response.read(BLOCK_BYTES), response.headers["Retry-After"])
+        finish_reason, has_text, is_done = None, False, False
+        try:
+            for data in iter_events(self._exchange.iter_blocks()):
+                if is_done := data == b"[DONE]":
+                    break
+                text, has_reasoning, reason = parse_chunk(data)
+                if text or has_reasoning:
+                    yield text
+                has_text = has_text or bool(text)
+                finish_reason = reason or finish_reason
+                if finish_reason:
+                    if has_text and not text and not has_reasoning:
+                        break
+                    # Some servers put "stop" into every chunk, others leave the connection open after the last one.
+                    self._exchange.set_timeout(self._bot.server.timeout if has_reasoning else FINISH_TIMEOUT)
+        except (OSError, HTTPException):
+            if not finish_reason:
+                raise
+        except ContextExceeded:
+            if not has_text:
+                raise
+            finish_reason = "length"
+        check_end(finish_reason, has_text, is_done)
+
+
+class Exchange:
+    """A request to the model server and its response, which another thread can abort.
+
+    One may follow the other, but only after `release()`.
+    """
+
+    def __init__(self, server):
+        self._server = server
+        self._lock = Lock()
+        self._connection = self._socket = self._response = None
+        self._is_aborted = False
+
+    def send(self, body):
+        """Send a request and return the response, of which the head has been read."""
+        idle = self._server.take_idle_connection()
+        try:
+            return self._send(idle or self._server.create_connection(), body)
+        except (ConnectionError, ssl.SSLError):
+            if not idle:
+                raise
+        idle.close()  # the server had closed it already
+        return self._send(self._server.create_connection(), body)
+
+    def _send(self, connection, body):
+        self._connection = connection
+        if connection.sock is None:
+            connection.connect()
+        with self._lock:
+            self._socket = connection.sock  # the connection forgets it when the server wants to close it
+            if self._is_aborted:
+                raise ConnectionAbortedError
+        connection.request("POST", self._server.target, body, self._server.headers)
+        self._response = connection.getresponse()
+        return self._response
+
+    def iter_blocks(self):
+        """Yield the body of the response in blocks, as they arrive."""
+        count = 0
+        while block := self._response.read1(BLOCK_BYTES):
+            yield block
+            if count % BLOCKS_PER_SWITCH == 0:
+                time.sleep(0)
+            count += 1
+
+    def set_timeout(self, seconds):
+        """Set the longest silence of the network, after which reading raises TimeoutError."""
+        self._socket.settimeout(seconds)
+
+    def abort(self):
+        """Shut down the connection, which wakes the thread that uses it."""
+        with self._lock:
+            self._is_aborted = True
+            if self._socket:
+                with suppress(OSError):
+                    self._socket.shutdown(SHUT_RDWR)
+
+    def release(self):
+        """Keep the connection for another exchange if the rest of the response is short, else close it."""
+        if self._response:
+            self._drain()
+        with self._lock:
+            self._socket = None
+        connection, response = self._connection, self._response
+        self._connection = self._response = None
+        if response and response.isclosed() and connection.sock and not self._is_aborted:
+            self._server.keep_idle_connection(connection)
+        elif connection:
+            connection.close()
+            if response:
+                response.close()
+
+    def _drain(self):
+        """Read the rest of the response, within narrow limits."""
+        with suppress(OSError, HTTPException):
+            self._socket.settimeout(DRAIN_TIMEOUT)
+            for _ in range(MAX_DRAIN_BLOCKS):
+                if self._response.isclosed():
+                    break
+                self._response.read1(BLOCK_BYTES)
+
+
+class ModelServer:
+    """The address of a model server, and idle connections to it.
+
+    Raises ValueError for a setting or an environment variable that cannot be used.
+    """
+
+    def __init__(self, base_url, api_key, timeout):
+        self.idle_connections = []  # (connection, the time it became idle)
+        self.timeout = timeout
+        url = urlsplit(base_url)
+        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        self._context = create_ssl_context() if url.scheme == "https" else None
+        self._proxy, self._proxy_headers = find_proxy(url)
+        self.target = quote(f"{url.path.rstrip('/')}/chat/completions", safe="/%:@!$&'()*+,;=")
+        if url.query:
+            self.target += f"?{quote(url.query, safe='/%:@!$&()*+,;=?')}"
+        self.headers = create_headers(api_key)
+        if self._proxy and not self._context:
+            self.target = f"http://{url.netloc.rpartition('@')[2]}{self.target}"
+            self.headers.update(self._proxy_headers)
+
+    def __del__(self):
+        for connection, _ in self.idle_connections:
+            connection.close()
+
+    def create_connection(self):
+        """Return a connection that is not open yet."""
+        address = (self._proxy.hostname, self._proxy.port or 80) if self._proxy else (self._host, self._port)
+        if not self._context:
+            return HTTPConnection(*address, timeout=self.timeout)
+        connection = HTTPSConnection(*address, timeout=self.timeout, context=self._context)
+        if self._proxy:
+            connection.set_tunnel(self._host, self._port, self._proxy_headers)
+        return connection
+
+    def take_idle_connection(self):
+        """Return an open connection, which the server may have closed in the meantime, or None."""
+        with suppress(IndexError):
+            while True:
+                connection, idle_since = self.idle_connections.pop()
+                if time.monotonic() - idle_since < IDLE_TIMEOUT:
+                    connection.sock.settimeout(self.timeout)
+                    return connection
+                connection.close()
+        return None
+
+    def keep_idle_connection(self, connection):
+        """Keep an open connection for the next request."""
+        if len(self.idle_connections) < MAX_IDLE_CONNECTIONS:
+            self.idle_connections.append((connection, time.monotonic()))
+        else:
+            connection.close()
+
+
+def create_headers(api_key):
+    """Return the headers of every request."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("OPENAI_API_KEY must consist of printable ASCII characters")
+    headers = {
+        "Accept": "text/event-stream, application/json",
+        "Content-Type": "application/json",
+        "User-Agent": "ai-chatbot-backend",
+    }
+    return {**headers, "Authorization": f"Bearer {api_key}"} if api_key else headers
+
+
+def find_proxy(url):
+    """Return the URL of the proxy that the environment names for a URL, or None, and the headers for that proxy."""
+    proxies = getproxies()
+    name = url.scheme if proxies.get(url.scheme) else "all"
+    if not proxies.get(name) or proxy_bypass(url.netloc.rpartition("@")[2]):
+        return None, {}
+    proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
+    try:
+        proxy = urlsplit(proxy)
+        is_usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise ValueError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
+    if proxy.username is None:
+        return proxy, {}
+    credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    return proxy, {"Proxy-Authorization": f"Basic {base64.b64encode(credentials).decode()}"}
+
+
+def create_ssl_context():
+    """Return the context for TLS, with the certificates that SSL_CERT_FILE and SSL_CERT_DIR name, if they are set."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if file := os.environ.get("SSL_CERT_FILE"):
+        try:
+            context.load_verify_locations(file)
+        except OSError:
+            raise ValueError("SSL_CERT_FILE must name a file of certificates in PEM format") from None
+    folders = os.environ.get("SSL_CERT_DIR", "").split(os.pathsep)
+    if any(folders) and not any(Path(folder).is_dir() for folder in folders if folder):
+        raise ValueError("SSL_CERT_DIR must name a directory of certificates")
+    return context

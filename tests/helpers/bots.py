@@ -1,0 +1,63 @@
+"""Bots for tests, and what a stream tells of their replies."""
+
+import threading
+
+from tests.helpers.server import TIMEOUT, parse_events
+
+STREAM = {"Accept": "text/event-stream"}
+ASYNC = {"Prefer": "respond-async"}
+
+
+class Gate(threading.Event):
+    """An event for which a bot waits in the middle of a reply, but not forever."""
+
+    def wait(self, timeout=TIMEOUT):
+        return super().wait(timeout)
+
+
+class ScriptedBot:
+    """A bot whose replies consist of steps: chunks to yield, exceptions to raise, functions to call.
+
+    `scripts` has other steps for certain messages, `histories` the history of each call, and `closed` the number of
+    replies that were closed before their end.
+    """
+
+    def __init__(self, *steps):
+        self.steps = steps
+        self.scripts = {}
+        self.histories = []
+        self.closed = 0
+
+    @property
+    def texts(self):
+        """The user's new message of each call."""
+        return [history[-1][1] for history in self.histories]
+
+    def __call__(self, history, user_id, conversation_id):
+        self.histories.append([tuple(message) for message in history])
+        return self.reply(self.scripts.get(history[-1][1], self.steps))
+
+    def reply(self, steps):
+        """Yield the chunks of a reply."""
+        try:
+            for step in steps:
+                if isinstance(step, BaseException):
+                    raise step
+                if callable(step):
+                    step()
+                else:
+                    yield step
+        except GeneratorExit:
+            self.closed += 1
+            raise
+
+
+def read_events(response):
+    """Return the server-sent events of a test client's response as (event, data, id), without comments."""
+    assert response.mimetype == "text/event-stream", (response.status_code, response.text)
+    return list(parse_events(line + b"\n" for line in response.data.split(b"\n")))
+
+
+def join_deltas(events):
+    """Return the text that the deltas of a stream have together."""
+    return "".join(data["text"] for name, data, _ in events if name == "delta")

@@ -1,0 +1,62 @@
+"""Rows that would take too many requests, and pages of lists."""
+
+import re
+from datetime import UTC, datetime
+from urllib.parse import urljoin
+
+from sqlalchemy import insert
+
+from app import db
+from app.models import Conversation, Message
+
+
+def add_conversations(app, client, count, messages=0):
+    """Add conversations of the client's user, each with so many messages; return their ids, oldest first."""
+    now = datetime.now(UTC)
+    with app.app_context():
+        statement = insert(Conversation).returning(Conversation.id, sort_by_parameter_order=True)
+        rows = [{"name": f"Conversation {n}", "user_id": client.user_id, "created_at": now} for n in range(count)]
+        ids = db.session.scalars(statement, rows).all()
+        if messages:
+            senders = ["bot" if n % 2 else "user" for n in range(messages)]
+            texts = [{"sender": sender, "text": f"Text {n}", "created_at": now} for n, sender in enumerate(senders)]
+            db.session.execute(insert(Message), [{**row, "conversation_id": id} for id in ids for row in texts])
+        db.session.commit()
+    return ids
+
+
+def execute(app, statement, **parameters):
+    """Execute an SQL statement in a transaction and return its rows as tuples, if it returns any."""
+    with app.app_context(), db.engine.begin() as connection:
+        result = connection.execute(db.text(statement), parameters)
+        return [tuple(row) for row in result] if result.returns_rows else None
+
+
+def get_items(response):
+    """Return the items of a page of any list."""
+    assert response.status_code == 200, response.json
+    return response.json if isinstance(response.json, list) else response.json["users"]
+
+
+def get_ids(items):
+    """Return the ids of conversations, messages or users."""
+    return [item["user_id"] if "user_id" in item else item["id"] for item in items]
+
+
+def get_next_url(response):
+    """Return the URL of the next page from the Link of a page, or None."""
+    link = response.headers.get("Link")
+    return link and urljoin(response.request.url, re.fullmatch('<([^<>"]+)>; rel="next"', link)[1])
+
+
+def read_pages(client, url, after_each_page=None, **parameters):
+    """Follow the links from page to page and return each page's items."""
+    pages = []
+    response = client.get(url, query_string=parameters)
+    while True:
+        pages.append(get_items(response))
+        if after_each_page:
+            after_each_page(pages[-1])
+        if not (next_url := get_next_url(response)):
+            return pages
+        response = client.get(next_url)

@@ -1,0 +1,73 @@
+"""The queries that requests send, and the plans by which the databases execute them."""
+
+import re
+from contextlib import contextmanager
+
+from sqlalchemy import event
+
+from app import db
+
+
+@contextmanager
+def record_queries(app):
+    """Record the (SQL, parameters) that are sent while the block is executed."""
+    queries = []
+
+    def record(connection, cursor, statement, parameters, context, executemany):
+        queries.append((statement, parameters))
+
+    with app.app_context():
+        engine = db.engine
+    event.listen(engine, "before_cursor_execute", record)
+    try:
+        yield queries
+    finally:
+        event.remove(engine, "before_cursor_execute", record)
+
+
+def explain(app, statement, parameters):
+    """Return (indexes used, full scans and sorts of whole tables, amount of work) of a query.
+
+    The work is counted in SQLite's instructions, or in the rows that PostgreSQL's nodes touch. Sorting what a LIMIT
+    has cut off is not sorting a whole table.
+    """
+    with app.app_context(), db.engine.connect() as connection:
+        if db.engine.dialect.name == "sqlite":
+            return explain_for_sqlite(connection, statement, parameters)
+        return explain_for_postgresql(connection, statement, parameters)
+
+
+def explain_for_sqlite(connection, statement, parameters):
+    instructions = []
+    driver_connection = connection.connection.driver_connection
+    driver_connection.set_progress_handler(lambda: instructions.append(1), 1)
+    connection.exec_driver_sql(statement, parameters)
+    driver_connection.set_progress_handler(None, 0)
+    steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    plan = "\n".join(step[-1] for step in steps)
+    scans = re.findall(r"SCAN (?!anon_|CONSTANT)\w+|(?<!SCAN anon_\d\n)USE TEMP B-TREE FOR ORDER BY", plan)
+    # A partial index has no rows but those of its condition.
+    scans = [scan for scan in scans if f"{scan} USING INDEX ix_message_heartbeat_at" not in plan]
+    connection.rollback()
+    return set(re.findall(r"INDEX (\w+)", plan)), scans, len(instructions)
+
+
+def explain_for_postgresql(connection, statement, parameters):
+    explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", parameters)
+    nodes = flatten_plan(explained.scalar()[0]["Plan"])
+    connection.rollback()
+    scans = [
+        f"{node['Node Type']} {node.get('Relation Name', '')}".strip()
+        for node in nodes
+        if node["Node Type"] == "Seq Scan" or ("Sort" in node["Node Type"] and node["Plans"][0]["Node Type"] != "Limit")
+    ]
+    work = sum(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        for node in nodes
+    )
+    return {node["Index Name"] for node in nodes if "Index Name" in node}, scans, work
+
+
+def flatten_plan(node):
+    """Return all nodes of a plan of PostgreSQL's."""
+    return [node, *(descendant for child in node.get("Plans", ()) for descendant in flatten_plan(child))]

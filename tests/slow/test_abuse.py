@@ -1,0 +1,194 @@
+"""Eight abusive clients at once, and a well-behaved one that must not notice.
+
+ABUSE_SECONDS sets how long the test lasts.
+"""
+
+import os
+import time
+from contextlib import suppress
+from http.client import HTTPException
+from itertools import cycle
+from multiprocessing import get_context
+
+import pytest
+
+from tests.helpers.server import PASSWORD, HttpClient, connect, format_head, receive_all, record_measurement
+
+pytestmark = pytest.mark.slow
+
+ABUSE_SECONDS = int(os.environ.get("ABUSE_SECONDS", "60"))
+MAX_LATENCY = 1  # seconds, at the 99th percentile
+LONG_MESSAGES = 40
+LOST_CONNECTION = (OSError, HTTPException)
+
+MALFORMED_REQUESTS = [
+    b"\0" * 20_000,
+    b"GET / HTTP/9.9\r\n\r\n",
+    format_head("GET / HTTP/1.1", "Bad Header: x"),
+    format_head("POST /api/login HTTP/1.1", "Transfer-Encoding: chunked") + b"x\r\n",
+    format_head("POST /api/login HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
+    b"GET /api/test HTTP/1.1\r\nAccept: " + b"x" * 750_000,
+]
+LARGE_FIELDS = [
+    ("GET /api/test HTTP/1.1", ["Accept: " + "text/html;q=0.1," * 500] * 4),
+    ("GET /api/current_user HTTP/1.1", ["Cookie: " + "a=b; " * 1600] * 4),
+    (
+        "OPTIONS /api/login HTTP/1.1",
+        ["Origin: http://localhost:3000", "Access-Control-Request-Method: POST"]
+        + ["Access-Control-Request-Headers: " + "x," * 4000] * 4,
+    ),
+]
+
+
+def search(client, conversation_id):
+    """Search long messages for a text that nearly matches everywhere."""
+    client.get(f"/api/messages?q={'a' * 254}b")
+    client.get(f"/api/conversations?q={'a' * 254}b")
+
+
+def read_lists(client, conversation_id):
+    """Read the longest lists there are."""
+    client.get("/api/conversations")
+    client.get(f"/api/conversations/{conversation_id}/messages?limit=100")
+
+
+def log_in(client, conversation_id):
+    """Log in with the right password and with wrong ones, which costs a hash each."""
+    client.login("mallory")
+    client.login("mallory", "wrong password")
+
+
+def send_large_fields(client, conversation_id):
+    """Send header fields that are as large as they may be."""
+    for request_line, fields in LARGE_FIELDS:
+        with connect(client.connection.port) as connection:
+            connection.sendall(format_head(request_line, "Connection: close", *fields))
+            receive_all(connection)
+
+
+def send_malformed_requests(client, conversation_id):
+    """Send what is no HTTP, or too large."""
+    for data in MALFORMED_REQUESTS:
+        with suppress(OSError), connect(client.connection.port) as connection:
+            connection.sendall(data)
+            receive_all(connection)
+
+
+def send_incomplete_requests(client, conversation_id):
+    """Open 100 connections, send half a head on each or half a body, and wait."""
+    head = format_head("POST /api/login HTTP/1.1", "Content-Type: application/json", "Content-Length: 1000")
+    connections = [connect(client.connection.port) for _ in range(100)]
+    for connection, data in zip(connections, cycle([head[:20], head + b'{"username": ']), strict=False):
+        connection.sendall(data)
+    time.sleep(5)
+    for connection in connections:
+        connection.close()
+
+
+def read_nothing(client, conversation_id):
+    """Ask for long lists on 20 connections and read nothing of them."""
+    connections = [connect(client.connection.port) for _ in range(20)]
+    for connection in connections:
+        connection.sendall(format_head("GET /api/conversations HTTP/1.1", cookie=client.cookie) * 3)
+    time.sleep(5)
+    for connection in connections:
+        connection.close()
+
+
+def abandon_streams(client, conversation_id):
+    """Start more slow replies than are allowed, and leave."""
+    connections = [connect(client.connection.port) for _ in range(30)]
+    body = b'{"text": "/slow 600"}'
+    fields = ("Accept: text/event-stream", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    head = format_head(f"POST /api/conversations/{conversation_id}/messages HTTP/1.1", *fields, cookie=client.cookie)
+    for connection in connections:
+        connection.sendall(head + body)
+    time.sleep(5)
+    for connection in connections:
+        connection.close()
+
+
+ABUSES = [
+    search,
+    read_lists,
+    log_in,
+    send_large_fields,
+    send_malformed_requests,
+    send_incomplete_requests,
+    read_nothing,
+    abandon_streams,
+]
+
+
+def abuse(func, port, cookie, conversation_id, seconds):
+    """Repeat an abuse for some seconds, in a process of its own that leaves the processor to others."""
+    os.nice(10)
+    deadline = time.monotonic() + seconds
+    with HttpClient(port) as client:
+        client.cookie = cookie
+        while time.monotonic() < deadline:
+            with suppress(*LOST_CONNECTION):
+                func(client, conversation_id)
+            client.cookie = cookie
+
+
+def start_abuses(server, seconds):
+    """Start all abuses, each with a user of its own that has long messages; return the processes."""
+    context = get_context("spawn")
+    processes = []
+    for func in ABUSES:
+        username = "mallory" if func is log_in else func.__name__
+        with server.create_logged_in_client(username) as client:
+            conversation_id = client.create_conversation()
+            if func in (search, read_lists, read_nothing):
+                for _ in range(LONG_MESSAGES):
+                    assert client.send_message(conversation_id, "a" * 100_000).status == 201
+            arguments = (func, server.port, client.cookie, conversation_id, seconds)
+        processes.append(context.Process(target=abuse, args=arguments, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def behave_well(client, seconds):
+    """Make requests and send messages for some seconds; return the latencies by name and the texts sent."""
+    latencies = {"GET /api/test": [], "send": []}
+    texts = []
+    conversation_id = client.create_conversation()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        texts.append(f"message {len(texts)}")
+        start = time.monotonic()
+        assert client.get("/api/test").status == 200
+        latencies["GET /api/test"].append(time.monotonic() - start)
+        start = time.monotonic()
+        assert client.send_message(conversation_id, texts[-1]).status == 201
+        latencies["send"].append(time.monotonic() - start)
+        time.sleep(0.1)
+    assert [message["text"] for message in client.list_messages(conversation_id)[::2]] == texts
+    return latencies
+
+
+def get_percentile(values, percent):
+    return sorted(values)[int(len(values) * percent / 100)]
+
+
+def test_abusive_clients_do_not_slow_down_others(serve):
+    server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
+    workers = server.all_workers()
+    with server.create_logged_in_client("ada") as client:
+        processes = start_abuses(server, ABUSE_SECONDS)
+        try:
+            latencies = behave_well(client, ABUSE_SECONDS)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+    for name, values in latencies.items():
+        for percent in (50, 99):
+            record_measurement(f"{name}: seconds at percentile {percent}", get_percentile(values, percent))
+        record_measurement(f"{name}: most seconds", max(values))
+    assert server.workers() == workers
+    assert "Traceback" not in server.output
+    assert PASSWORD not in server.output
+    for values in latencies.values():
+        assert get_percentile(values, 99) < MAX_LATENCY

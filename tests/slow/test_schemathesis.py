@@ -1,0 +1,108 @@
+"""The served program against requests that schemathesis derives from the API description."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.helpers.server import TIMEOUT, Server
+
+pytestmark = pytest.mark.skipif(not find_spec("schemathesis"), reason="schemathesis is not installed")
+
+# Unknown query parameters are ignored. A username that is taken is a 400, which a schema cannot express.
+SETTINGS = """
+[generation]
+allow-extra-parameters = false
+
+[[operations]]
+include-name = "POST /api/signup"
+checks.positive_data_acceptance.expected-statuses = ["201", "400"]
+"""
+
+# The hooks keep to what the description says in words: a visible character and no NUL in every text, usernames in NFKC
+# without spaces around, and parameters that require another one. The password cannot be guessed, so that the user is
+# not deleted; a 401 after a logout makes schemathesis log in again.
+HOOKS = """
+import os
+
+import requests
+import schemathesis
+
+API = os.environ["API"]
+REQUIRED = {"before": {"limit": 1}, "after": {"limit": 1}}
+
+
+@schemathesis.auth()
+class Session:
+    def get(self, case, context):
+        credentials = {"username": "schemathesis", "password": os.environ["PASSWORD"]}
+        return requests.post(f"{API}/api/login", json=credentials).cookies["chatbot_session"]
+
+    def set(self, case, data, context):
+        case.cookies = {**(case.cookies or {}), "chatbot_session": data}
+
+
+def is_acceptable(text):
+    return any("!" <= character <= "~" for character in text) and "\\0" not in text
+
+
+@schemathesis.hook
+def filter_body(context, body):
+    texts = {name: value for name, value in body.items() if isinstance(value, str)} if isinstance(body, dict) else {}
+    if not all("!" <= character <= "~" for character in texts.get("username", "")):
+        return False
+    return all(text == "" or is_acceptable(text) for text in texts.values())
+
+
+@schemathesis.hook
+def filter_query(context, query):
+    return not query or "cursor" not in query and is_acceptable(str(query.get("q", "q")))
+
+
+@schemathesis.hook
+def filter_case(context, case):
+    return (case.headers or {}).get("Prefer", "respond-async") == "respond-async"  # other preferences are ignored
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    if "order" in (case.query or {}):
+        case.query.pop("before", None)
+    for name, required in REQUIRED.items():
+        if name in (case.query or {}):
+            case.query.update({**required, **case.query})
+"""
+OPTIONS = ("--checks=all", "--max-examples=15", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
+
+
+@pytest.fixture
+def server(tmp_path):
+    limit = "1000000 per second"
+    settings = {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", "LOGIN_RATE_LIMIT": limit, "SIGNUP_RATE_LIMIT": limit}
+    server = Server(DATABASE_URL=f"sqlite:///{tmp_path / 'chat.db'}", **settings)
+    yield server
+    server.kill()
+
+
+def test_served_program_matches_its_description(server, tmp_path):
+    api, password = f"http://127.0.0.1:{server.port}", "a password that cannot be guessed"
+    with server.client() as client:
+        client.signup("schemathesis", password)
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    (tmp_path / "schemathesis.toml").write_text(SETTINGS)
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
+    environ = {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "API": api, "PASSWORD": password}
+    process = subprocess.run(
+        [*command, f"{api}/api/openapi.json", *OPTIONS],
+        cwd=tmp_path,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=20 * TIMEOUT,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Traceback" not in server.output
+    assert not re.search(r"INFO [A-Z]+ \S+ 5\d\d ", server.output)

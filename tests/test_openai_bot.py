@@ -1,0 +1,689 @@
+"""The bot that asks a model, with servers that do everything that model servers do."""
+
+import email.utils
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated, create_bot
+from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
+from tests.helpers.model_server import DONE, ModelServer, chunk, cut, cut_in_event, drip, end, event, running, stall
+from tests.helpers.server import ROOT, TIMEOUT, find_free_port, wait_until
+from tests.helpers.tls import create_certificate
+
+HISTORY = [("user", "Hello"), ("bot", "Hello!"), ("user", "How are you?")]
+SECRET = "my secret words"
+PROXY_VARIABLES = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"]
+STOP = chunk({}, "stop")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in PROXY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+
+
+@pytest.fixture
+def model():
+    with running(ModelServer()) as server:
+        yield server
+
+
+def create_model_bot(model, **overrides):
+    """Return a bot that asks a model server."""
+    return create_bot_for(model.url, **overrides)
+
+
+def create_bot_for(url, **overrides):
+    """Return a bot that asks the model server at a URL."""
+    defaults = {"OPENAI_API_KEY": "sk-secret", "BOT_SYSTEM_PROMPT": "", "BOT_OPTIONS": {}, "BOT_HISTORY_CHARS": 32_000}
+    return create_bot(
+        {"BOT_MODEL": "tiny", "OPENAI_BASE_URL": url, "BOT_TIMEOUT": TIMEOUT, **defaults, **overrides},
+    )
+
+
+def collect(chunks):
+    """Return the text of a reply, and the exception that it ended with or None."""
+    text = ""
+    try:
+        for part in chunks:
+            text += part
+    except BotError as error:
+        return text, error
+    return text, None
+
+
+def ask(model, history=HISTORY, **overrides):
+    """Return the text of a model's reply, and the exception that it ended with or None."""
+    return collect(create_model_bot(model, **overrides)(history))
+
+
+# Requests
+
+
+def test_request_has_history_prompt_options_and_key(model):
+    assert ask(model, BOT_SYSTEM_PROMPT="Be kind.", BOT_OPTIONS={"temperature": 0.5, "stop": ["x"]}) == (
+        "Hello there.",
+        None,
+    )
+    assert model.requests == [
+        {
+            "model": "tiny",
+            "stream": True,
+            "temperature": 0.5,
+            "stop": ["x"],
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hello!"},
+                {"role": "user", "content": "How are you?"},
+            ],
+        }
+    ]
+    assert model.headers[0]["Authorization"] == "Bearer sk-secret"
+    assert model.paths == ["/v1/chat/completions"]
+
+
+def test_request_without_key_has_no_authorization(model):
+    assert ask(model, OPENAI_API_KEY="") == ("Hello there.", None)
+    assert model.headers[0]["Authorization"] is None
+
+
+def test_request_has_history_within_limit(model):
+    assert ask(model, BOT_HISTORY_CHARS=14)[1] is None
+    assert [message["content"] for message in model.requests[0]["messages"]] == ["How are you?"]
+
+
+def test_base_url_may_have_a_query_and_a_final_slash(model):
+    bot = create_bot_for(f"{model.url}/?api-version=2 b")
+    assert collect(bot(HISTORY)) == ("Hello there.", None)
+    assert model.paths == ["/v1/chat/completions?api-version=2%20b"]
+
+
+def test_bot_is_given_user_and_conversation(model):
+    assert collect(create_model_bot(model)(HISTORY, user_id=1, conversation_id=2))[0] == "Hello there."
+
+
+def test_replies_reuse_a_connection(model):
+    bot = create_model_bot(model)
+    for _ in range(3):
+        reply = bot(HISTORY)
+        assert collect(reply) == ("Hello there.", None)
+        reply.close()
+        reply.cancel()
+        wait_until(lambda: bot.server.idle_connections)
+    assert model.connection_count == 1
+
+
+def test_connection_that_the_server_closed_is_replaced(model):
+    bot = create_model_bot(model)
+    model.ending = [STOP, DONE, lambda handler: setattr(handler, "close_connection", True)]
+    for _ in range(3):
+        assert collect(bot(HISTORY)) == ("Hello there.", None)
+        wait_until(lambda: bot.server.idle_connections)
+    assert model.connection_count == len(model.requests) == 3
+
+
+# Responses
+
+
+QUIET = ({}, {"choices": []}, {"choices": None}, {"choices": {}}, {"choices": [None]}, {"choices": [{"delta": None}]})
+USAGE = event({"choices": [], "usage": {"total_tokens": 3}})
+RAW = json.dumps({"choices": [{"delta": {"content": "naïve 🚂"}}]}, ensure_ascii=False).encode()
+TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking": []}, {"type": "text", "text": "!"}]
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        (["Hello", " there."], "Hello there."),
+        (["Hello", b": comment\n\n", *map(event, QUIET), USAGE, "", "!"], "Hello!"),
+        ([b": comment\nevent: message\nid: 1\nretry: 5\n" + chunk({"content": "Hello"})], "Hello"),
+        ([bytes([byte]) for byte in b"data: " + RAW + b"\n\n"], "naïve 🚂"),
+        ([b"data:" + RAW + b"\n\n"], "naïve 🚂"),
+        ([b"data: " + RAW + b"\r\n\r\n"], "naïve 🚂"),
+        ([b"\xef\xbb\xbfdata: " + RAW + b"\n\n"], "naïve 🚂"),
+        ([b'data: {"choices":\ndata: [{"delta": {"content": "Hello"}}]}\n\n'], "Hello"),
+        ([b'data: {"choices": [{"delta": {"content": "a\xffb"}}]}\n\n'], "a\ufffdb"),
+        ([b'data: {"choices": [{"delta": {"content": "a"}, "logprobs": NaN}]}\n\n'], "a"),
+        ([b'data: {"choices": [{"delta": {"content": "a\\ud83d"}}]}\n\n'], "a\ud83d"),
+        ([chunk({"content": TEXT_PARTS}), chunk({"content": ["Good", 5]}), chunk({"content": 5})], "Hello!Good"),
+        ([chunk({"refusal": "I cannot "}), chunk({"content": None, "refusal": "help."})], "I cannot help."),
+        ([chunk({"reasoning_content": "Hm"}), chunk({"reasoning": "Hm", "content": ""}), "Yes"], "Yes"),
+        ([chunk({"tool_calls": [{"function": {"name": "x", "arguments": "y"}}]}), "Yes"], "Yes"),
+        ([event({"choices": [{"index": 1, "delta": {"content": "No"}}]}), "Yes"], "Yes"),
+        ([chunk({"content": "Hello"}, ""), chunk({"content": " there"}, "null")], "Hello there"),
+        ([chunk({"content": "", "role": "assistant"}, "stop"), chunk({"content": "Hi"}, "stop"), "!"], "Hi!"),
+        (
+            [chunk({"reasoning": "Hm"}, "stop"), chunk({"content": "Hi"}, "stop"), chunk({"content": "!"}, "STOP")],
+            "Hi!",
+        ),
+        ([event({"choices": [{"delta": {"content": "Hi"}}], "error": None})], "Hi"),
+        (["Hello", "x" * 1_000_000], "Hello" + "x" * 1_000_000),
+        ([], ""),
+    ],
+    ids=lambda value: ascii(value)[:60],
+)
+def test_response_is_read_as_clients_do(model, script, text):
+    model.script = script
+    assert ask(model) == (text, None)
+
+
+WHOLE = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}]}
+CUT_AT_LENGTH = {"choices": [{"message": {"content": "Hello"}, "finish_reason": "length"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (WHOLE, type(None)),
+        (json.dumps(WHOLE, indent=2).encode(), type(None)),
+        (b"\xef\xbb\xbf\r\n" + json.dumps(WHOLE).encode(), type(None)),
+        ({"choices": [{"message": {"content": "Hello"}}]}, type(None)),
+        (CUT_AT_LENGTH, BotTruncated),
+    ],
+)
+def test_response_without_streaming_is_read(model, body, error):
+    model.refuse = lambda request: (200, body, {})
+    text, raised = ask(model)
+    assert (text, type(raised)) == ("Hello", error)
+
+
+@pytest.mark.parametrize(
+    ("script", "ending", "text", "error"),
+    [
+        (["Hello"], [chunk({}, "length"), DONE], "Hello", BotTruncated),
+        (["Hello"], [chunk({}, "content_filter"), cut], "Hello", BotTruncated),
+        ([], [chunk({"content": "Hello"}, "MAX_TOKENS"), DONE], "Hello", BotTruncated),
+        (["Hello"], [chunk({}, "length"), stall], "Hello", BotTruncated),
+        (["Hello"], [chunk({}, "stop"), cut], "Hello", None),
+        (["Hello"], [chunk({}, "stop"), end], "Hello", None),
+        (["Hello"], [chunk({}, "stop"), stall], "Hello", None),
+        ([], [chunk({"content": "Hello"}, "stop"), stall], "Hello", None),
+        ([], [chunk({"content": "Hello"}, "stop"), cut_in_event], "Hello", None),
+        ([], [chunk({}, "tool_calls"), DONE], "", None),
+        (["Hello"], [DONE], "Hello", None),
+        (["Hello"], [DONE, stall], "Hello", None),
+        (["Hello"], [b"data: [DONE]", end], "Hello", None),
+        ([], [DONE], "", BotError),
+        (["Hello"], [end], "Hello", BotError),
+        (["Hello"], [cut], "Hello", BotError),
+        (["Hello"], [cut_in_event], "Hello", BotError),
+        ([chunk({"content": "Hello"}, "")], [end], "Hello", BotError),
+        (["Hello"], [chunk({}, "error"), DONE], "Hello", BotError),
+        (["Hello"], [event({"error": {"message": SECRET, "code": 500}}), DONE], "Hello", BotError),
+        (
+            ["Hello"],
+            [event({"error": {"message": SECRET, "type": "exceed_context_size_error"}})],
+            "Hello",
+            BotTruncated,
+        ),
+        ([], [event({"error": {"message": SECRET, "code": 429}})], "", BotBusy),
+        ([], [event({"error": SECRET})], "", BotError),
+        ([], [event({"object": "error", "message": SECRET, "code": 400})], "", BotError),
+        (["Hello"], [b"data: {nonsense\n\n"], "Hello", BotError),
+        (["Hello"], [b"data: [5]\n\n"], "Hello", BotError),
+        (["Hello"], [b"data: " + b"[" * 100_000 + b"\n\n"], "Hello", BotError),
+        (["Hello"], [b"data: " + b"x" * MAX_LINE_BYTES, b"x"], "Hello", BotError),
+        (["Hello"], [b"<html>", end], "Hello", BotError),
+    ],
+    ids=lambda value: ascii(value)[:60],
+)
+def test_end_of_reply_is_judged_by_all_signs(model, script, ending, text, error):
+    model.script, model.ending = script, ending
+    collected, raised = ask(model)
+    assert (collected, type(raised)) == (text, error or type(None))
+    assert SECRET not in str(raised)
+
+
+def test_endless_response_is_ended(model, monkeypatch):
+    monkeypatch.setattr("app.openai_protocol.MAX_RESPONSE_BYTES", 1_000_000)
+    model.script = [b": comment\n" * 10_000] * 1000
+    text, error = ask(model)
+    assert (text, str(error)) == ("", "the model's response is too long")
+    assert model.wait_for_hang_up()
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        (["<think>Hm</think>Yes"], "Yes"),
+        (["\n <think>\nHm", " <b>", "</think>\n", "\nYes", "\n"], "Yes\n"),
+        (list("<think>Hm</think>\n\nYes"), "Yes"),
+        (["<think>a</think> <think>b</think> Yes"], "Yes"),
+        (["<thi", "s>"], "<this>"),
+        (["<th"], "<th"),
+        (["Yes <think>b</think>"], "Yes <think>b</think>"),
+        (["<think>endless"], ""),
+        ([" ", "\n", "Yes"], "Yes"),
+        ([], ""),
+    ],
+)
+def test_thinking_at_the_beginning_is_left_out(script, text):
+    texts = list(skip_thinking(script))
+    assert "".join(texts) == text
+    assert len(texts) >= len(script)  # an empty text is a sign of life
+
+
+def test_text_after_thinking_is_not_delayed():
+    source = iter(["<think>a", "</think>Yes", " sir"])
+    texts = skip_thinking(source)
+    assert [next(texts), next(texts), next(source)] == ["", "Yes", " sir"]
+
+
+# Errors
+
+
+def get_exception_texts(error):
+    """Return all that a traceback of an exception would show of it and its causes."""
+    texts = []
+    while error:
+        texts.append(repr(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+VLLM = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
+ERRORS = [
+    (400, {"error": {"message": SECRET, "type": "invalid_request_error"}}, BotError, "400 invalid_request_error"),
+    (400, {"error": {"message": SECRET, "type": SECRET, "code": "sk-secret"}}, BotError, "400,"),
+    (401, {"error": {"message": SECRET + " sk-secret"}}, BotError, "401,"),
+    (404, {"error": SECRET}, BotError, "404,"),
+    (404, {"detail": SECRET}, BotError, "404,"),
+    (404, b"\x00\x1b[31m" + SECRET.encode() * 2_000_000, BotError, "404,"),
+    (404, b"", BotError, "404, 0 bytes"),
+    (422, {"detail": [{"input": "the context length " + SECRET}]}, BotError, "422,"),
+    (500, [SECRET], BotError, "500,"),
+    (307, b"", BotError, "307,"),
+    (429, {"error": {"message": SECRET, "code": "rate_limit_exceeded"}}, BotBusy, "429 rate_limit_exceeded"),
+    (503, b"Loading model", BotBusy, "503,"),
+    (413, SECRET.encode(), BotMessageTooLong, "413,"),
+    (400, {"error": {"message": SECRET, "code": "context_length_exceeded"}}, BotMessageTooLong, "400 context_length"),
+    (400, {"error": {"message": SECRET, "type": "exceed_context_size_error"}}, BotMessageTooLong, "exceed_context"),
+    (400, {"object": "error", "message": VLLM + SECRET, "type": "BadRequestError"}, BotMessageTooLong, "BadRequestEr"),
+    (400, {"error": {"message": f"litellm.ContextWindowExceededError: {SECRET}"}}, BotMessageTooLong, "400,"),
+    (500, {"error": {"message": "Requested tokens (9) exceed context window of 8"}}, BotMessageTooLong, "500,"),
+    (200, {"error": {"code": 400, "type": "exceed_context_size_error"}}, BotMessageTooLong, "400 exceed_context_size"),
+    (200, {"error": {"code": 503, "message": SECRET}}, BotBusy, "503,"),
+    (401, {"error": {"message": "context length " + SECRET}}, BotError, "401,"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "error", "summary"), ERRORS, ids=lambda value: ascii(value)[:40])
+def test_error_response_raises_without_its_words(model, status, body, error, summary):
+    model.refuse = lambda request: (status, body, {"X-Request-Id": SECRET})
+    text, raised = ask(model, [("user", SECRET)])
+    assert (text, type(raised)) == ("", error)
+    assert summary in str(raised)
+    assert len(str(raised)) < 120
+    assert SECRET not in get_exception_texts(raised)
+    assert "sk-secret" not in get_exception_texts(raised)
+
+
+def test_status_line_that_is_no_http_raises_without_its_words():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def respond():
+            connection = listener.accept()[0]
+            with connection:
+                connection.sendall(SECRET.encode() + b"\r\n\r\n")
+
+        threading.Thread(target=respond, daemon=True).start()
+        text, error = collect(create_bot_for(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")(HISTORY))
+    assert (text, str(error)) == ("", "the connection to the model failed: BadStatusLine")
+    assert SECRET not in get_exception_texts(error)
+
+
+def test_refused_connection_raises():
+    text, error = collect(create_bot_for(f"http://127.0.0.1:{find_free_port()}/v1")(HISTORY))
+    assert (text, str(error)) == ("", "the connection to the model failed: ConnectionRefusedError")
+
+
+def test_redirect_is_not_followed(model):
+    model.refuse = lambda request: (307, b"", {"Location": f"{model.url}/elsewhere"})
+    assert type(ask(model)[1]) is BotError
+    assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *(("7", 7), (" 7 ", 7), ("1.2", 2), ("0", 1), ("99999999", 3600), ("9" * 30, 5), ("-1", 5), ("nan", 5)),
+        *(("", 5), (None, 5), ("soon", 5), ("Mon, 99 Foo 2026", 5), ("Fri, 31 Dec 1999 23:59:59 GMT", 1)),
+        ("Fri, 31 Dec 2150 23:59:59 GMT", 3600),
+        ("Fri, 31 Dec 99999999999999 23:59:59 GMT", 5),
+    ],
+)
+def test_retry_after_is_bounded(value, seconds):
+    assert parse_retry_after(value) == seconds
+
+
+def test_retry_after_may_be_a_date():
+    assert 500 < parse_retry_after(email.utils.formatdate(time.time() + 600, usegmt=True)) <= 600
+
+
+def test_busy_model_raises_with_its_retry_after(model):
+    model.refuse = lambda request: (429, {}, {"Retry-After": "7"})
+    assert ask(model)[1].retry_after == 7
+
+
+LONG_HISTORY = [(sender, f"{number:03}" * 10) for number in range(8) for sender in ("user", "bot")] + [("user", "new")]
+
+
+def refuse_more_than(max_chars):
+    """Return a function that refuses requests whose messages have more characters."""
+
+    def refuse(request):
+        if sum(len(message["content"]) for message in request["messages"]) > max_chars:
+            return 400, {"error": {"code": "context_length_exceeded"}}, {}
+        return None
+
+    return refuse
+
+
+@pytest.mark.parametrize(("max_chars", "counts"), [(483, [17]), (250, [17, 7]), (100, [17, 7, 3]), (3, [17, 7, 3, 1])])
+def test_exceeded_context_is_asked_again_with_half_the_history(model, max_chars, counts):
+    model.refuse = refuse_more_than(max_chars)
+    assert ask(model, LONG_HISTORY) == ("Hello there.", None)
+    assert [len(request["messages"]) for request in model.requests] == counts
+    assert all(request["messages"][0]["role"] == "user" for request in model.requests)
+    assert all(request["messages"][-1]["content"] == "new" for request in model.requests)
+
+
+def test_exceeded_context_in_stream_is_asked_again(model):
+    model.refuse = lambda request: (200, {"error": {"code": 400, "type": "exceed_context_size_error"}}, {})
+    assert type(ask(model, LONG_HISTORY)[1]) is BotMessageTooLong
+    assert [len(request["messages"]) for request in model.requests] == [17, 7, 3, 1]
+
+
+def test_new_message_alone_that_exceeds_context_raises(model):
+    model.refuse = refuse_more_than(2)
+    text, error = ask(model, LONG_HISTORY)
+    assert (text, type(error)) == ("", BotMessageTooLong)
+
+
+def test_unanswered_messages_before_the_new_one_are_left_out_too(model):
+    model.refuse = refuse_more_than(3)
+    assert ask(model, [("user", "unanswered"), ("user", "new")]) == ("Hello there.", None)
+
+
+# Deadlines and cancellation
+
+
+@contextmanager
+def unresponsive_address(scheme):
+    """Yield the URL of a server that accepts connections (https) or does not even do that (http)."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(0 if scheme == "https" else 3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+EMPTY_CHUNK = chunk({"content": ""})
+SILENCES = {
+    "before the head": [stall],
+    "dripping head": [drip(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 10_000)],
+    "after the head": [b": comment\n\n", stall],
+    "after text": ["Hello", stall],
+    "after thinking": ["<think>Hm", stall],
+    "comments": ["Hello", drip(b"3\r\n:\n\n\r\n")],
+    "empty chunks": ["Hello", drip(b"%x\r\n%b\r\n" % (len(EMPTY_CHUNK), EMPTY_CHUNK), 0.001)],
+    "dripping line": ["Hello", drip(b"1\r\nx\r\n")],
+    "dripping chunk size": ["Hello", drip(b"0")],
+}
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+def test_silence_raises_timeout_and_closes_connection(model, silence):
+    model.script = SILENCES[silence]
+    text, error = ask(model, BOT_TIMEOUT=0.5)
+    assert type(error) is BotTimeout
+    assert text == ("Hello" if "Hello" in model.script else "")
+    assert model.wait_for_hang_up()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_unresponsive_server_raises_timeout(scheme):
+    with unresponsive_address(scheme) as url:
+        assert type(collect(create_bot_for(url, BOT_TIMEOUT=0.5)(HISTORY))[1]) is BotTimeout
+
+
+@pytest.mark.parametrize("delta", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"content": "x"}])
+def test_reasoning_and_text_are_signs_of_life(model, delta):
+    model.script = [step for _ in range(12) for step in (chunk(delta), lambda handler: time.sleep(0.25))]
+    assert ask(model, BOT_TIMEOUT=2)[1] is None
+
+
+def cancel_while_reading(reply):
+    """Cancel a reply while another thread reads it; return what that thread read."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(collect(reply)), daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    reply.cancel()
+    thread.join(TIMEOUT / 2)
+    assert not thread.is_alive()
+    return results[0]
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+def test_cancel_ends_reply_and_closes_connection(model, silence):
+    model.script = SILENCES[silence]
+    reply = create_model_bot(model)(HISTORY)
+    wait_until(lambda: model.requests)
+    assert cancel_while_reading(reply)[1] is None
+    assert model.wait_for_hang_up()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_cancel_of_unresponsive_server_ends_reply(scheme):
+    with unresponsive_address(scheme) as url:
+        assert cancel_while_reading(create_bot_for(url)(HISTORY)) == ("", None)
+
+
+def test_cancel_while_connecting_sends_no_request(model):
+    model.tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    reply = create_model_bot(model)(HISTORY)
+    reply.cancel()
+    assert collect(reply) == ("", None)
+    assert list(reply) == []
+
+
+def test_close_of_unfinished_reply_closes_connection(model):
+    model.script = ["Hello", stall]
+    reply = create_model_bot(model)(HISTORY)
+    assert next(reply) == "Hello"
+    reply.close()
+    assert model.wait_for_hang_up()
+    assert list(reply) == []
+
+
+def test_ended_replies_leave_no_thread(model):
+    count = threading.active_count()
+    model.script = ["Hello", stall]
+    bot = create_model_bot(model)
+    replies = [bot(HISTORY) for _ in range(20)]
+    for reply in replies:
+        assert next(reply) == "Hello"
+        reply.cancel()
+    wait_until(lambda: threading.active_count() - len(model.requests) <= count)
+    wait_until(lambda: threading.active_count() <= count)
+
+
+GEVENT_PROGRAM = """
+import gevent.monkey; gevent.monkey.patch_all()
+import json, sys
+import gevent
+from app.bot import BotError, create_bot
+
+def collect(reply):
+    text = ""
+    try:
+        for chunk in reply:
+            text += chunk
+    except BotError as error:
+        return text, type(error).__name__
+    return text, None
+
+config = json.loads(sys.argv[1])
+reply = create_bot(config)([("user", "Hello")])
+reader = gevent.spawn(collect, reply)
+if config["CANCEL"]:
+    gevent.sleep(0.3)
+    reply.cancel()
+print(json.dumps(reader.get(timeout=60)))
+"""
+
+
+def ask_with_gevent(url, timeout=TIMEOUT, cancel=False):
+    """Return the text of a reply and the name of its error, read in a process with gevent's monkey patches."""
+    config = {"BOT_MODEL": "tiny", "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "", "BOT_TIMEOUT": timeout}
+    config |= {"BOT_OPTIONS": {}, "BOT_SYSTEM_PROMPT": "", "BOT_HISTORY_CHARS": 1000, "CANCEL": cancel}
+    command = [sys.executable, "-c", GEVENT_PROGRAM, json.dumps(config)]
+    program = subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT * 2, capture_output=True, text=True)
+    return tuple(json.loads(program.stdout))
+
+
+@pytest.mark.parametrize("silence", ["before the head", "dripping head", "after text", "empty chunks"])
+def test_silence_with_gevent_raises_timeout(model, silence):
+    model.script = SILENCES[silence]
+    assert ask_with_gevent(model.url, timeout=0.5)[1] == "BotTimeout"
+    assert model.wait_for_hang_up()
+
+
+@pytest.mark.parametrize("silence", ["before the head", "dripping head", "after text", "empty chunks"])
+def test_cancel_with_gevent_ends_reply(model, silence):
+    model.script = SILENCES[silence]
+    assert ask_with_gevent(model.url, cancel=True)[1] is None
+    assert model.wait_for_hang_up()
+
+
+def test_reply_with_gevent_is_complete(model):
+    model.script = ["word "] * 1000
+    assert ask_with_gevent(model.url) == ("word " * 1000, None)
+
+
+def test_text_is_yielded_as_it_arrives(model):
+    proceed = threading.Semaphore(0)
+    model.script = [step for number in range(5) for step in (f"{number} ", lambda handler: proceed.acquire())]
+    reply = create_model_bot(model)(HISTORY)
+    for number in range(5):
+        assert next(reply) == f"{number} "
+        proceed.release()
+    assert list(reply) == []
+
+
+# The environment
+
+
+@pytest.fixture
+def certificate(tmp_path, monkeypatch):
+    """The path of a certificate for localhost, which SSL_CERT_FILE names, with its key."""
+    path = create_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    return path
+
+
+@contextmanager
+def tls_model(certificate, **options):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with running(ModelServer(context, **options)) as server:
+        yield server
+
+
+def test_https_with_trusted_certificate_returns_reply(certificate):
+    with tls_model(certificate) as model:
+        bot = create_model_bot(model)
+        assert collect(bot(HISTORY)) == ("Hello there.", None)
+        wait_until(lambda: bot.server.idle_connections)
+        assert collect(bot(HISTORY)) == ("Hello there.", None)
+        assert model.connection_count == 1
+
+
+def test_https_with_unknown_certificate_raises(certificate, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with tls_model(certificate) as model:
+        assert str(ask(model)[1]) == "the connection to the model failed: SSLCertVerificationError"
+
+
+@pytest.mark.parametrize("silence", ["before the head", "dripping head", "after text"])
+def test_https_silence_and_cancel_end_reply(certificate, silence):
+    with tls_model(certificate) as model:
+        model.script = SILENCES[silence]
+        assert type(ask(model, BOT_TIMEOUT=2)[1]) is BotTimeout
+        assert model.wait_for_hang_up()
+        reply = create_model_bot(model)(HISTORY)
+        wait_until(lambda: len(model.requests) == 2)
+        assert cancel_while_reading(reply)[1] is None
+        assert model.wait_for_hang_up()
+
+
+def test_proxy_of_environment_is_used_for_http(model, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", model.url.replace("localhost", "us%65r:p%40ss@127.0.0.1").removesuffix("/v1"))
+    bot = create_bot_for("http://model.invalid:8080/v1")
+    assert collect(bot(HISTORY)) == ("Hello there.", None)
+    assert model.paths == ["http://model.invalid:8080/v1/chat/completions"]
+    assert model.headers[0]["Host"] == "model.invalid:8080"
+    assert model.headers[0]["Proxy-Authorization"] == "Basic dXNlcjpwQHNz"
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_proxy_of_environment_is_used_for_https(certificate, monkeypatch, variable):
+    with tls_model(certificate, is_proxy=True) as proxy:
+        monkeypatch.setenv(variable, f"user:pass@127.0.0.1:{proxy.server_port}")
+        assert collect(create_bot_for("https://localhost:1/v1")(HISTORY)) == ("Hello there.", None)
+        assert proxy.paths == ["localhost:1", "/v1/chat/completions"]
+        assert proxy.headers[0]["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
+        assert proxy.headers[1]["Proxy-Authorization"] is None
+
+
+@pytest.mark.parametrize("no_proxy", ["localhost", "*", "example.com, localhost"])
+def test_no_proxy_is_respected(model, monkeypatch, no_proxy):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert ask(model) == ("Hello there.", None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks5://user:secret@localhost:1080"),
+        ("HTTPS_PROXY", "https://secret:443"),
+        ("HTTPS_PROXY", "http://secret:port"),
+        ("HTTPS_PROXY", "http://"),
+        ("SSL_CERT_FILE", "/missing/secret.pem"),
+        ("SSL_CERT_FILE", __file__),
+        ("SSL_CERT_DIR", "/missing/secret"),
+    ],
+)
+def test_unusable_environment_raises_value_error_that_names_it(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"^{variable} must [^\n]*$") as raised:
+        create_bot_for("https://localhost/v1")
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["sk-\n", "sk-é", "sk-\x00"])
+def test_unusable_key_raises_value_error(key):
+    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY must"):
+        create_bot_for("http://localhost/v1", OPENAI_API_KEY=key)
+
+
+def test_certificates_are_needed_for_https_only(model, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/missing.pem")
+    assert ask(model) == ("Hello there.", None)

@@ -1,0 +1,567 @@
+"""Replies: generated in the background, followed by any request of any process, and stored however they end."""
+
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from app import db
+from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
+from app.models import Conversation, Message
+from tests.conftest import PASSWORD, SHARED_SESSIONS, create_logged_in_client, create_other_client
+from tests.helpers.bots import ASYNC, STREAM, ScriptedBot, read_events
+from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
+
+WAYS_TO_SEND = {"waiting": ({}, 201), "stream": (STREAM, 200), "async": (ASYNC, 202)}
+each_way = pytest.mark.parametrize(("headers", "success"), WAYS_TO_SEND.values(), ids=WAYS_TO_SEND)
+waiting_or_streaming = pytest.mark.parametrize("headers", [{}, STREAM], ids=["waiting", "stream"])
+
+
+@pytest.fixture
+def app(make_app, bot):
+    return make_app(bot, **SHARED_SESSIONS)
+
+
+@pytest.fixture
+def other_bot():
+    """The bot of the other process."""
+    return ScriptedBot("Hello from the other process.")
+
+
+@pytest.fixture
+def other_process(make_app, other_bot, ada):
+    """A client with the session of ada at an application that generates its replies by itself."""
+    return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
+
+
+@pytest.fixture
+def conversation_id(ada):
+    return ada.create_conversation()
+
+
+def count_messages(app):
+    """Return the number of messages of all users, pending edits included."""
+    with app.app_context():
+        return db.session.scalar(select(func.count(Message.id)))
+
+
+def start_reply(client, conversation_id, text="Hello"):
+    """Send a message without waiting for the reply; return the pair."""
+    response = client.send_message(conversation_id, text, headers=ASYNC)
+    assert response.status_code == 202
+    return response.json
+
+
+def wait_for_end(client, conversation_id, message_id):
+    """Return a message as soon as it is not in progress."""
+    return wait_until(
+        lambda: (message := client.get_message(conversation_id, message_id).json).get("status") != "in_progress"
+        and message
+    )
+
+
+def wait_for_text(client, conversation_id, message_id, text):
+    """Wait until a message has a text."""
+    wait_until(lambda: client.get_message(conversation_id, message_id).json["text"] == text)
+
+
+def texts(messages):
+    return [message["text"] for message in messages]
+
+
+def test_send_returns_201_and_stored_messages(ada, conversation_id):
+    response = ada.send_message(conversation_id)
+    assert response.status_code == 201
+    assert [list(message) for message in response.json] == [["id", "sender", "text", "created_at"]] * 2
+    assert [(message["sender"], message["text"]) for message in response.json] == [
+        ("user", "Hello"),
+        ("bot", "Hello there."),
+    ]
+    assert ada.list_messages(conversation_id) == response.json
+
+
+@pytest.mark.parametrize(
+    "preference", ["respond-async", "Respond-Async", "respond-async, wait=10", "wait=10,respond-async", "respond-async; x"]
+)
+def test_send_with_respond_async_returns_202_and_reply_in_progress(ada, bot, gate, conversation_id, preference):
+    bot.steps = [gate.wait, "Hello"]
+    response = ada.send_message(conversation_id, headers={"Prefer": preference})
+    assert response.status_code == 202
+    assert response.headers["Preference-Applied"] == "respond-async"
+    question, reply = response.json
+    assert reply["sender"] == "bot"
+    assert (reply["text"], reply["status"]) == ("", "in_progress")
+    assert ada.list_messages(conversation_id) == [question, reply]
+    gate.set()
+    assert wait_for_end(ada, conversation_id, reply["id"]) == {
+        "id": reply["id"],
+        "sender": "bot",
+        "text": "Hello",
+        "created_at": reply["created_at"],
+    }
+
+
+@pytest.mark.parametrize("preference", ["", "respond-asynchronously", "wait=10", "return=minimal", "x=respond-async"])
+def test_send_with_other_preference_waits(ada, conversation_id, preference):
+    response = ada.send_message(conversation_id, headers={"Prefer": preference})
+    assert response.status_code == 201
+    assert "Preference-Applied" not in response.headers
+
+
+def test_send_stores_both_messages_before_bot_is_asked(ada, bot, conversation_id):
+    client, stored = create_other_client(ada), []
+    bot.steps = [lambda: stored.extend(client.list_messages(conversation_id)), "Hello"]
+    question, reply = ada.send_message(conversation_id).json
+    assert stored == [question, {**reply, "text": "", "status": "in_progress"}]
+
+
+def test_reply_in_progress_is_stored_as_it_grows(ada, bot, gate, conversation_id):
+    bot.steps = ["One ", "two ", gate.wait, "three"]
+    _, reply = start_reply(ada, conversation_id)
+    wait_for_text(ada, conversation_id, reply["id"], "One two ")
+    assert ada.list_messages(conversation_id)[1] == {**reply, "text": "One two "}
+    gate.set()
+    assert wait_for_end(ada, conversation_id, reply["id"])["text"] == "One two three"
+
+
+def test_concurrent_sends_are_stored_as_exchanges_in_turn(app, ada, bot, conversation_id):
+    clients = [create_other_client(ada) for _ in range(8)]
+    both = threading.Barrier(8)
+    bot.steps = [lambda: both.wait(TIMEOUT), "Reply"]
+    responses = run_concurrently(8, lambda number: clients[number].send_message(conversation_id, f"Text {number}"))
+    assert {response.status_code for response in responses} == {201}
+    messages = ada.list_messages(conversation_id)
+    assert [message["sender"] for message in messages] == ["user", "bot"] * 8
+    pairs = {response.json[0]["id"]: response.json for response in responses}
+    assert messages == [message for id in sorted(pairs) for message in pairs[id]]
+
+
+def test_send_is_stored_after_reply_that_is_still_in_progress(ada, bot, gate, conversation_id):
+    bot.scripts = {"First": ["One ", gate.wait, "two"], "Second": ["Three"]}
+    first = start_reply(ada, conversation_id, "First")
+    second = ada.send_message(conversation_id, "Second").json
+    gate.set()
+    wait_for_end(ada, conversation_id, first[1]["id"])
+    messages = ada.list_messages(conversation_id)
+    assert texts(messages) == ["First", "One two", "Second", "Three"]
+    assert messages[2:] == second
+
+
+def yield_from_list(history, **kwargs):
+    return ["One ", "two"]
+
+
+def yield_from_iterator(history, **kwargs):
+    return iter(("One ", "two"))
+
+
+def yield_from_generator(history, **kwargs):
+    yield "One "
+    yield "two"
+
+
+def yield_characters(history, **kwargs):
+    return "One two"
+
+
+@pytest.mark.parametrize("bot", [yield_from_list, yield_from_iterator, yield_from_generator, yield_characters])
+def test_bot_may_return_any_iterable(ada, conversation_id, bot):
+    assert ada.send_message(conversation_id).json[1]["text"] == "One two"
+    events = read_events(ada.send_message(conversation_id, headers=STREAM))
+    assert events[-1][1][1]["text"] == "One two"
+
+
+def test_bot_is_called_with_user_and_conversation(make_app):
+    calls = []
+
+    def bot(history, user_id, conversation_id):
+        calls.append((history[-1], user_id, conversation_id))
+        return ["Hello"]
+
+    client = create_logged_in_client(make_app(bot), "ada")
+    conversation_id = client.create_conversation()
+    client.send_message(conversation_id, "Hi")
+    assert calls == [(("user", "Hi"), client.user_id, conversation_id)]
+
+
+def test_history_has_messages_with_text_before_new_one(ada, bot, gate, conversation_id):
+    bot.scripts = {
+        "failed": ["Cut ", BotError("cut")],
+        "stopped": [gate.wait],
+        "removed": [BotError("down")],
+        "in progress": ["Growing ", gate.wait],
+    }
+    ada.send_message(conversation_id, "complete")
+    ada.send_message(conversation_id, "failed")
+    _, empty = start_reply(ada, conversation_id, "stopped")
+    ada.stop_reply(conversation_id, empty["id"])
+    ada.send_message(conversation_id, "removed")
+    _, growing = start_reply(ada, conversation_id, "in progress")
+    wait_for_text(ada, conversation_id, growing["id"], "Growing ")
+    ada.send_message(ada.create_conversation(), "another conversation")
+    ada.send_message(conversation_id, "new")
+    assert bot.histories[-1] == [
+        ("user", "complete"),
+        ("bot", "Hello there."),
+        ("user", "failed"),
+        ("bot", "Cut "),
+        ("user", "stopped"),
+        ("user", "in progress"),
+        ("bot", "Growing "),
+        ("user", "new"),
+    ]
+
+
+def test_history_has_at_most_bot_history_chars(make_app, bot):
+    client = create_logged_in_client(make_app(bot, BOT_HISTORY_CHARS=1000), "ada")
+    conversation_id = client.create_conversation()
+    for number in range(10):
+        client.send_message(conversation_id, f"{number}" * 300)
+    sizes = [sum(len(text) for _, text in history) for history in bot.histories]
+    assert max(sizes) <= 1000
+    assert bot.histories[-1][-1] == ("user", "9" * 300)
+    assert ("user", "8" * 300) in bot.histories[-1]
+
+
+ENDS = {
+    "complete": (["One ", "two"], None, "One two"),
+    "cut at the model's limit": (["One ", BotTruncated("limit")], "truncated", "One "),
+    "longer than 100,000 characters": (["é" * 60_000] * 2, "truncated", "é" * 100_000),
+    "endless": (["x" * 1000] * 1000, "truncated", "x" * 100_000),
+    "failed": (["One ", "two", BotError("cut")], "failed", "One two"),
+    "timed out": (["One ", BotTimeout("stalled")], "failed", "One "),
+    "bug of the bot": (["One ", ZeroDivisionError("a bug")], "failed", "One "),
+    "chunk that is no string": (["One ", 2], "failed", "One "),
+    "blank chunks around the text": (["", " \n", "One ", "", " ", "two\n"], None, "One  two\n"),
+    "NUL and surrogates": (["\0", "One\0 ", "\ud800", "two\udfff"], None, "One two"),
+}
+
+
+@pytest.mark.parametrize(("steps", "status", "text"), ENDS.values(), ids=ENDS)
+@each_way
+def test_reply_with_text_is_stored_with_status(ada, bot, conversation_id, headers, success, steps, status, text):
+    bot.steps = steps
+    response = ada.send_message(conversation_id, headers=headers)
+    assert response.status_code == success
+    question, reply = ada.list_messages(conversation_id)
+    reply = wait_for_end(ada, conversation_id, reply["id"])
+    assert (reply.get("status"), reply["text"]) == (status, text)
+    assert ("status" in reply) == (status is not None)
+    assert ada.list_messages(conversation_id) == [question, reply]
+    if success == 201:
+        assert response.json == [question, reply]
+
+
+FAILURES = {
+    "error": ([BotError("secret")], 502, "The bot failed to answer"),
+    "time-out": ([BotTimeout("secret")], 504, "The bot took too long to answer"),
+    "busy": ([BotBusy("secret", 7)], 503, "The bot is busy, try again later"),
+    "too long a message": ([BotMessageTooLong("secret")], 413, "The message is too long for the bot"),
+    "bug": ([ZeroDivisionError("secret")], 500, "Internal server error"),
+    "exit": ([SystemExit("secret")], 500, "Internal server error"),
+    "chunk that is no string": ([b"secret"], 500, "Internal server error"),
+    "no chunk": ([], 502, "The bot failed to answer"),
+    "cut before the first chunk": ([BotTruncated("secret")], 502, "The bot failed to answer"),
+    "blank chunks": ([" ", "\n", "\0", "\ud800", ""], 502, "The bot failed to answer"),
+}
+each_failure = pytest.mark.parametrize(("steps", "status", "sentence"), FAILURES.values(), ids=FAILURES)
+
+
+@each_failure
+@waiting_or_streaming
+def test_failure_before_first_chunk_leaves_nothing(app, ada, bot, conversation_id, headers, steps, status, sentence):
+    bot.steps = steps
+    response = ada.send_message(conversation_id, headers=headers)
+    assert (response.status_code, response.json) == (status, {"error": sentence})
+    assert response.headers.get("Retry-After") == ("7" if status == 503 else None)
+    assert count_messages(app) == 0
+    bot.steps = ["Hello"]
+    assert ada.send_message(conversation_id).json == ada.list_messages(conversation_id)
+
+
+@each_failure
+def test_failure_after_202_leaves_nothing(app, ada, bot, gate, conversation_id, steps, status, sentence):
+    bot.steps = [gate.wait, *steps]
+    question, reply = start_reply(ada, conversation_id)
+    with run_in_background(lambda: create_other_client(ada).follow_reply(conversation_id, reply["id"])) as [following]:
+        gate.set()
+    wait_until(lambda: count_messages(app) == 0)
+    assert following.result().status_code in (status, 404)
+    for message in (question, reply):
+        assert ada.get_message(conversation_id, message["id"]).status_code == 404
+
+
+def raise_when_called(history, **kwargs):
+    raise BotTimeout("before there is an iterable")
+
+
+def return_none(history, **kwargs):
+    """Return nothing that can be iterated over."""
+
+
+@pytest.mark.parametrize(("bot", "status"), [(raise_when_called, 504), (return_none, 500)])
+def test_bot_that_returns_no_iterable_leaves_nothing(app, ada, conversation_id, bot, status):
+    assert ada.send_message(conversation_id).status_code == status
+    assert count_messages(app) == 0
+
+
+@pytest.mark.parametrize("steps", [[ZeroDivisionError("a bug")], ["One ", ZeroDivisionError("a bug")]])
+@waiting_or_streaming
+def test_bug_of_bot_is_logged_once_with_traceback_and_request_id(ada, bot, conversation_id, caplog, headers, steps):
+    bot.steps = steps
+    response = ada.send_message(conversation_id, headers=headers)
+    assert response.data
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert record.exc_info[0] is ZeroDivisionError
+    assert record.request_id == response.headers["X-Request-ID"]
+
+
+def test_failure_of_bot_is_logged_without_traceback(ada, bot, conversation_id, caplog):
+    bot.steps = [BotError("status 500")]
+    response = ada.send_message(conversation_id)
+    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage() == "The bot failed: BotError: status 500"
+    assert record.request_id == response.headers["X-Request-ID"]
+    assert not record.exc_info
+
+
+class FaultySource:
+    """A bot whose iterable raises an error when it is closed or cancelled."""
+
+    def __init__(self, gate, error):
+        self.gate, self.error = gate, error
+
+    def __call__(self, history, **kwargs):
+        return self
+
+    def __iter__(self):
+        yield "One "
+        self.gate.wait()
+        yield "two"
+
+    def close(self):
+        raise self.error
+
+    def cancel(self):
+        raise self.error
+
+
+FAULTS = [ZeroDivisionError("a bug"), BotError("cut"), SystemExit(1)]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_bot_that_fails_when_closed_or_cancelled_ends_its_reply(make_app, gate, error):
+    client = create_logged_in_client(make_app(FaultySource(gate, error)), "ada")
+    gate.set()
+    assert client.send_message(client.create_conversation()).json[1]["text"] == "One two"
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_bot_that_fails_when_closed_or_cancelled_can_be_stopped(make_app, gate, error):
+    client = create_logged_in_client(make_app(FaultySource(gate, error)), "ada")
+    conversation_id = client.create_conversation()
+    _, reply = start_reply(client, conversation_id)
+    wait_for_text(client, conversation_id, reply["id"], "One ")
+    stopped = client.stop_reply(conversation_id, reply["id"]).json
+    assert stopped == {**reply, "text": "One ", "status": "stopped"}
+    assert client.get_message(conversation_id, reply["id"]).json == stopped
+
+
+INVALID_SENDS = {
+    "no JSON": ({"data": "{", "content_type": "application/json"}, 400),
+    "no object": ({"json": []}, 400),
+    "no text": ({"json": {}}, 400),
+    "no string": ({"json": {"text": 5}}, 400),
+    "blank": ({"json": {"text": " \u200b"}}, 400),
+    "too long": ({"json": {"text": "x" * 100_001}}, 400),
+    "NUL": ({"json": {"text": "a\0"}}, 400),
+    "another type": ({"data": "text=Hello", "content_type": "text/plain"}, 415),
+}
+
+
+@pytest.mark.parametrize(("request_", "status"), INVALID_SENDS.values(), ids=INVALID_SENDS)
+@each_way
+def test_send_of_invalid_body_returns_error_as_json(app, ada, bot, conversation_id, headers, success, request_, status):
+    response = ada.post(f"/api/conversations/{conversation_id}/messages", headers=headers, **request_)
+    assert (response.status_code, list(response.json)) == (status, ["error"])
+    assert (count_messages(app), bot.histories) == (0, [])
+
+
+@each_way
+def test_send_to_missing_or_foreign_conversation_returns_404(ada, bob, bot, conversation_id, headers, success):
+    for response in (bob.send_message(conversation_id, headers=headers), ada.send_message(999, headers=headers)):
+        assert (response.status_code, response.json) == (404, {"error": "Conversation not found"})
+    assert bot.histories == []
+
+
+CALLS_ON_MESSAGES = {
+    "get": lambda client, *ids: client.get_message(*ids),
+    "edit": lambda client, *ids: client.edit_message(*ids, "Edited"),
+    "follow": lambda client, *ids: client.follow_reply(*ids),
+    "stop": lambda client, *ids: client.stop_reply(*ids),
+}
+
+
+@pytest.mark.parametrize("call", CALLS_ON_MESSAGES.values(), ids=CALLS_ON_MESSAGES)
+def test_call_on_missing_or_foreign_message_returns_404(ada, bob, client, bot, conversation_id, call):
+    question, reply = ada.send_message(conversation_id).json
+    foreign = bob.send_message(foreign_id := bob.create_conversation()).json[0]
+    assert call(bob, conversation_id, question["id"]).json == {"error": "Conversation not found"}
+    assert call(ada, foreign_id, foreign["id"]).json == {"error": "Conversation not found"}
+    assert call(ada, conversation_id, foreign["id"]).json == {"error": "Message not found"}
+    assert call(ada, ada.create_conversation(), question["id"]).json == {"error": "Message not found"}
+    assert call(ada, conversation_id, 999).json == {"error": "Message not found"}
+    assert call(ada, 999, question["id"]).json == {"error": "Conversation not found"}
+    assert call(client, conversation_id, question["id"]).status_code == 401
+    assert ada.list_messages(conversation_id) == [question, reply]
+    assert len(bot.histories) == 2
+
+
+def test_get_message_returns_message_as_listed(ada, conversation_id):
+    for message in ada.send_message(conversation_id).json:
+        assert ada.get_message(conversation_id, message["id"]).json == message
+
+
+PATHS = {
+    "list": "/api/conversations",
+    "page": "/api/conversations?limit=10",
+    "recent": "/api/conversations?limit=10&order=recent",
+    "search": "/api/conversations?q=Conversation",
+    "conversation": "/api/conversations/{0}",
+    "messages": "/api/conversations/{0}/messages",
+    "message": "/api/conversations/{0}/messages/{1}",
+}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_etag_changes_whenever_reply_does(ada, bot, gate, conversation_id, path):
+    first = Gate()
+    bot.scripts = {"Hello": [first.wait, "One ", gate.wait]}
+    question, reply = start_reply(ada, conversation_id)
+    path = path.format(conversation_id, reply["id"])
+    changes = [
+        first.set,
+        lambda: ada.stop_reply(conversation_id, reply["id"]),
+        lambda: ada.edit_message(conversation_id, question["id"], "Edited"),
+    ]
+    for change in changes:
+        response = ada.get(path)
+        unchanged = {"If-None-Match": response.headers["ETag"]}
+        assert ada.get(path, headers=unchanged).status_code == 304
+        change()
+        wait_until(lambda headers=unchanged: ada.get(path, headers=headers).status_code != 304)
+        assert ada.get(path).data != response.data
+
+
+def test_reply_goes_on_without_its_sender(app, ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    with ada.send_message(conversation_id, headers=STREAM) as response:
+        assert next(response.iter_encoded())
+    gate.set()
+    question, reply = ada.list_messages(conversation_id)
+    assert wait_for_end(ada, conversation_id, reply["id"])["text"] == "One two"
+
+
+def log_out(client):
+    assert client.logout().status_code == 200
+
+
+def change_password(client):
+    passwords = {"current_password": PASSWORD, "new_password": "battery staple"}
+    assert client.put("/api/password", json=passwords).status_code == 200
+
+
+@pytest.mark.parametrize("end_session", [log_out, change_password])
+@waiting_or_streaming
+def test_reply_goes_on_after_end_of_session(app, ada, bot, gate, conversation_id, headers, end_session):
+    bot.steps = ["One ", gate.wait, "two"]
+    with run_in_background(lambda: ada.send_message(conversation_id, headers=headers)) as [sending]:
+        client = app.test_client()
+        client.login("ada")
+        wait_until(lambda: "One " in texts(client.list_messages(conversation_id)))
+        end_session(client)
+        gate.set()
+    response = sending.result()
+    assert response.status_code < 300
+    pair = response.json if headers == {} else read_events(response)[-1][1]
+    assert texts(pair) == ["Hello", "One two"]
+
+
+def delete_conversation(client, conversation_id):
+    assert client.delete(f"/api/conversations/{conversation_id}").status_code == 204
+
+
+def delete_account(client, conversation_id):
+    assert client.delete("/api/account", json={"password": PASSWORD}).status_code == 204
+
+
+each_deletion = pytest.mark.parametrize("delete", [delete_conversation, delete_account])
+
+
+@each_deletion
+@pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
+def test_deletion_ends_reply(app, ada, bot, conversation_id, delete, text):
+    cancelled = Gate()
+    bot.steps = [text, *[lambda: cancelled.wait(0.05), ""] * 1200]
+    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id)) as [sending]:
+        wait_until(lambda: bot.histories)
+        delete(ada, conversation_id)
+        response = sending.result(TIMEOUT)
+    assert (response.status_code, response.json) == (404, {"error": "Conversation not found"})
+    wait_until(lambda: bot.closed)
+    assert count_messages(app) == 0
+
+
+@each_deletion
+@waiting_or_streaming
+def test_deletion_just_before_end_of_reply_leaves_nothing(app, ada, bot, conversation_id, delete, headers):
+    client = create_other_client(ada)
+    bot.steps = ["One ", lambda: delete(client, conversation_id)]
+    response = ada.send_message(conversation_id, headers=headers)
+    if headers == {}:
+        assert (response.status_code, response.json) == (404, {"error": "Conversation not found"})
+    else:
+        assert read_events(response)[-1] == ("error", {"error": "Conversation not found"}, None)
+    assert count_messages(app) == 0
+
+
+def test_replies_leave_no_thread_behind(ada, bot, conversation_id):
+    threads = threading.active_count()
+    bot.scripts = {"fail": [BotError("down")], "cut": ["One ", BotError("cut")], "bug": [ZeroDivisionError("a bug")]}
+    for text in ("Hello", "fail", "cut", "bug"):
+        ada.send_message(conversation_id, text)
+        with ada.send_message(conversation_id, text, headers=STREAM):
+            """Close the stream without reading it."""
+        ada.send_message(conversation_id, text, headers=ASYNC)
+    wait_until(lambda: threading.active_count() <= threads)
+
+
+CALLS_THAT_WAIT = {
+    "send": lambda client, *ids: client.send_message(ids[0]),
+    "send as stream": lambda client, *ids: client.send_message(ids[0], headers=STREAM),
+    "edit": lambda client, *ids: client.edit_message(*ids, "Edited"),
+    "join": lambda client, *ids: client.edit_message(ids[0], ids[1] + 2, "Second"),
+    "follow": lambda client, *ids: client.follow_reply(ids[0], ids[1] + 2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS_THAT_WAIT.values(), ids=CALLS_THAT_WAIT)
+@pytest.mark.parametrize("text", ["", "One "], ids=["before the first chunk", "after the first chunk"])
+def test_call_holds_no_database_connection_while_bot_is_silent(app, ada, bot, gate, conversation_id, call, text):
+    question, _ = ada.send_message(conversation_id, "First").json
+    bot.steps = [text, gate.wait, "two"]
+    start_reply(ada, conversation_id, "Second")
+    with app.app_context():
+        pool = db.engine.pool
+    calling = threading.Event()
+    app.before_request_funcs.setdefault(None, []).append(calling.set)
+    with run_in_background(lambda: call(create_other_client(ada), conversation_id, question["id"])) as [waiting]:
+        assert calling.wait(TIMEOUT)
+        wait_until(lambda: pool.checkedout() == 0)
+        held = [pool.checkedout() for _ in range(50) if not gate.wait(0.02)]
+        assert not waiting.done()
+        gate.set()
+    assert waiting.result().status_code < 300
+    assert held.count(0) > 25  # the thread that stores replies uses one now and then
