@@ -25,6 +25,7 @@ SEND_TIMEOUT = 30  # without progress, so that a slow reader is served however l
 SEND_CHECK_INTERVAL = 5
 
 MAX_HEAD_SIZE = 32 * 1024  # bytes of all header fields, as in nginx
+REQUESTS_PER_TURN = 8  # of a connection
 
 keepalive = 5  # seconds until the next request
 graceful_timeout = 12  # seconds from SIGTERM until the master kills its workers
@@ -38,7 +39,6 @@ limit_request_fields = 64
 limit_request_field_size = 8190
 
 # Gunicorn believes a proxy on the loopback interface or a Unix socket by default; TRUSTED_PROXIES alone decides that.
-forwarded_allow_ips = ""
 forwarder_headers = ""
 secure_scheme_headers = {}
 
@@ -208,6 +208,8 @@ class Worker(GeventWorker):
             sock.start_head(self.cfg.keepalive)
             if not self.alive:
                 self.start_shutdown()
+            if req.req_number % REQUESTS_PER_TURN == 0:
+                gevent.sleep(0)  # for a client that pipelines, no read waits and lets the others have their turn
 
     def handle_error(self, req, client, addr, exc):
         """Answer a request that the application never saw, or could not answer, with a JSON error.

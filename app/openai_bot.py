@@ -8,6 +8,7 @@ import base64
 import os
 import ssl
 import time
+import weakref
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -247,6 +248,7 @@ class ModelServer:
 
     def __init__(self, base_url, api_key, timeout):
         self.idle_connections = []  # (connection, the time it became idle)
+        weakref.finalize(self, close_connections, self.idle_connections)
         self.timeout = timeout
         url = urlsplit(base_url)
         self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
@@ -259,10 +261,6 @@ class ModelServer:
         if self._proxy and not self._context:
             self.target = f"http://{url.netloc.rpartition('@')[2]}{self.target}"
             self.headers.update(self._proxy_headers)
-
-    def __del__(self):
-        for connection, _ in self.idle_connections:
-            connection.close()
 
     def create_connection(self):
         """Return a connection that is not open yet."""
@@ -291,6 +289,12 @@ class ModelServer:
             self.idle_connections.append((connection, time.monotonic()))
         else:
             connection.close()
+
+
+def close_connections(idle_connections):
+    """Close idle connections."""
+    for connection, _ in idle_connections:
+        connection.close()
 
 
 def create_headers(api_key):

@@ -120,7 +120,8 @@ class StoredReply:
 
     def __init__(self, exchange):
         self.exchange = exchange
-        self.error = BotError("the reply failed in another process")
+        is_in_progress = exchange.reply.get("status") == "in_progress"
+        self.error = BotError("failed in another process") if is_in_progress else NotFound("Message not found")
         self.engine = autocommit(db.engine)  # a stream is followed outside of the request
 
     def load(self, offset=0):

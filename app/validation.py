@@ -9,8 +9,11 @@ from werkzeug.routing import BaseConverter
 
 from app.database import MAX_ID
 
-# Letters and symbols that look blank, though they are neither white space nor control or format characters.
-BLANK_LETTERS = "\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+# Letters, symbols and marks (the last two are variation selectors) that look blank, though they are neither white
+# space nor control or format characters.
+BLANK_CHARACTERS = re.compile(
+    "[\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 
 
 def get_json():
@@ -57,8 +60,8 @@ def is_blank(value):
 
 
 def is_invisible(character):
-    """Return whether a character has no visible form: categories C* and Z*, and the blank-looking letters."""
-    return unicodedata.category(character)[0] in "CZ" or character in BLANK_LETTERS
+    """Return whether a character has no visible form: categories C* and Z*, and the blank-looking ones."""
+    return unicodedata.category(character)[0] in "CZ" or BLANK_CHARACTERS.match(character) is not None
 
 
 def get_int_arg(name, minimum=1, maximum=MAX_ID):

@@ -3,6 +3,7 @@
 from alembic import context
 from alembic.util import CommandError
 from flask import current_app
+from sqlalchemy import Table, event, inspect
 from sqlalchemy.exc import DBAPIError
 
 db = current_app.extensions["migrate"].db
@@ -17,6 +18,29 @@ ADVISORY_LOCK = 0x0C4A7B07  # any number, the same for all servers
 def one_line(error):
     """Return what the database says of an error, in one line."""
     return " ".join(str(error.orig).split())
+
+
+@event.listens_for(Table, "before_create")
+def use_autoincrement(table, connection, **kwargs):
+    """Let SQLite never reuse an id, not even in the copy of a table that Alembic creates to alter it."""
+    table.dialect_options["sqlite"]["autoincrement"] = True
+
+
+def get_last_ids(connection):
+    """Return {table: highest id that it ever had} of SQLite, which forgets it when a copy replaces the table."""
+    if connection.dialect.name != "sqlite" or not inspect(connection).has_table("sqlite_sequence"):
+        return {}
+    return dict(connection.exec_driver_sql("SELECT name, seq FROM sqlite_sequence").all())
+
+
+def restore_last_ids(connection, last_ids):
+    """Set the highest ids of the tables that still exist to those before the migrations, if they are lower now."""
+    tables = inspect(connection).get_table_names()
+    current = get_last_ids(connection)
+    for table in last_ids.keys() & tables:
+        last_id = max(last_ids[table], current.get(table, 0))
+        connection.exec_driver_sql("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+        connection.exec_driver_sql("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last_id))
 
 
 def connect():
@@ -37,9 +61,11 @@ def migrate(connection):
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+        last_ids = get_last_ids(connection)
         context.configure(connection=connection, **options)
         with context.begin_transaction():
             context.run_migrations()
+        restore_last_ids(connection, last_ids)
         connection.commit()
     except DBAPIError as error:
         raise CommandError(f"a migration failed: {one_line(error)} [{' '.join(error.statement.split())}]") from error

@@ -25,8 +25,9 @@ PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"
 SERVER_URL = os.environ.get("TEST_DATABASE_URL")
 needs_postgresql = pytest.mark.skipif(not SERVER_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
-SHARED_SESSIONS = {"SECRET_KEY": "shared by all processes, for tests only", "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
+SHARED_SESSIONS = {"SECRET_KEY": "for tests only, of all processes", "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
 DATABASES = ["sqlite", pytest.param("postgresql", marks=needs_postgresql)]
+on_sqlite, on_postgresql = (pytest.mark.parametrize("database", [each], indirect=True) for each in DATABASES)
 
 
 class Client(FlaskClient):
@@ -53,8 +54,9 @@ class Client(FlaskClient):
         """Create a conversation and return its id."""
         return self.post("/api/conversations", json={"name": name}).json["id"]
 
-    def send_message(self, conversation_id, text="Hello", **kwargs):
-        return self.post(f"/api/conversations/{conversation_id}/messages", json={"text": text}, **kwargs)
+    def send_message(self, conversation_id, text="Hello", buffered=True, **kwargs):
+        path = f"/api/conversations/{conversation_id}/messages"
+        return self.post(path, json={"text": text}, buffered=buffered, **kwargs)
 
     def list_conversations(self, **parameters):
         """Return the conversations that the API lists with these query parameters."""
@@ -69,12 +71,13 @@ class Client(FlaskClient):
     def get_message(self, conversation_id, message_id, **kwargs):
         return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}", **kwargs)
 
-    def edit_message(self, conversation_id, message_id, text, **kwargs):
+    def edit_message(self, conversation_id, message_id, text, buffered=True, **kwargs):
         path = f"/api/conversations/{conversation_id}/messages/{message_id}"
-        return self.put(path, json={"text": text}, **kwargs)
+        return self.put(path, json={"text": text}, buffered=buffered, **kwargs)
 
-    def follow_reply(self, conversation_id, message_id, **kwargs):
-        return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}/events", **kwargs)
+    def follow_reply(self, conversation_id, message_id, buffered=True, **kwargs):
+        path = f"/api/conversations/{conversation_id}/messages/{message_id}/events"
+        return self.get(path, buffered=buffered, **kwargs)
 
     def stop_reply(self, conversation_id, message_id):
         return self.post(f"/api/conversations/{conversation_id}/messages/{message_id}/stop")

@@ -1,7 +1,7 @@
 """Changing the password and deleting the account."""
 
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 
 from app import db
 from app.models import Conversation, Message, User
@@ -13,7 +13,6 @@ from tests.conftest import (
     create_other_client,
     echo,
     log_in,
-    needs_postgresql,
 )
 from tests.helpers.server import run_all, run_concurrently
 
@@ -317,13 +316,3 @@ def test_concurrent_creation_of_conversations_and_account_deletion_leave_no_rows
         assert status == 204
         assert {response.status_code for response in responses} <= {201, 401}
         assert count_rows(app) == [0, 0, 0]
-
-
-@pytest.mark.parametrize("database", [pytest.param("postgresql", marks=needs_postgresql)], indirect=True)
-def test_conversation_of_an_account_that_is_deleted_before_the_insert_returns_401(app, ada):
-    """On SQLite a write is alone from its first read on."""
-    phone = create_other_client(ada)
-    event.listen(db.session, "before_flush", lambda *args: run_all(lambda: delete_account(phone)), once=True)
-    response = ada.post("/api/conversations", json={"name": "Conversation"})
-    assert (response.status_code, response.json) == LOGIN_REQUIRED
-    assert count_rows(app) == [0, 0, 0]

@@ -11,12 +11,23 @@ from app import db
 from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, needs_postgresql
 from tests.helpers.data import add_conversations, execute, get_ids
 from tests.helpers.queries import record_queries
-from tests.helpers.server import run_all, run_concurrently, wait_until
+from tests.helpers.server import run_all, run_concurrently
 
 MAX_ID = 2**63 - 1
 NOT_FOUND = (404, {"error": "Conversation not found"})
 UNUSUAL_TEXTS = [
-    *("a", " a ", "😀👩‍👩‍👧‍👦", "مرحبا", "e\u0301", "\u00e9", "a\ufeff", "\ufffe\uffffa", "\U0010ffffa", "a\u2028b\u2029c"),
+    *(
+        "a",
+        " a ",
+        "😀👩‍👩‍👧‍👦",
+        "مرحبا",
+        "e\u0301",
+        "\u00e9",
+        "a\ufeff",
+        "\ufffe\uffffa",
+        "\U0010ffffa",
+        "a\u2028b\u2029c",
+    ),
     *('"', "\\", '\\"', "\\u0041", "\\\\n", "'", "''", "%s %(a)s :a ?", "{}", "[]", "null", "0", "</script>", "&lt;"),
     *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --"),
 ]
@@ -92,21 +103,6 @@ def test_list_conversations_is_oldest_first_like_the_messages_in_it(echo_ada):
     assert echo_ada.list_conversations() == [
         {"id": id, "name": f"Number {n}", "messages": exchanges[id]} for n, id in enumerate(sorted(ids))
     ]
-
-
-def test_bot_gets_the_history_of_its_conversation(make_app):
-    histories = []
-
-    def bot(history, **kwargs):
-        histories.append([tuple(message) for message in history])
-        yield from ("So", " so")
-
-    ada = create_logged_in_client(make_app(bot=bot), "ada")
-    conversation, other = ada.create_conversation(), ada.create_conversation()
-    ada.send_message(other, "Elsewhere")
-    ada.send_message(conversation, "One")
-    ada.send_message(conversation, "Two")
-    assert histories[1:] == [[("user", "One")], [("user", "One"), ("bot", "So so"), ("user", "Two")]]
 
 
 def test_list_shows_changes_of_another_server(make_app):
@@ -233,7 +229,9 @@ def test_ids_below_2_63_can_be_used_in_paths(app, ada, id):
     assert ada.delete(path).status_code == 204
 
 
-@pytest.mark.parametrize("id", ["0", "-1", "01", "1.0", "+1", "%201", "1%00", "¹", "１", "abc", MAX_ID + 1, "9" * 5000])
+@pytest.mark.parametrize(
+    "id", ["0", "-1", "01", "1.0", "+1", "%201", "1%00", "¹", "\uff11", "abc", MAX_ID + 1, "9" * 5000]
+)
 def test_invalid_id_in_a_path_returns_404(ada, id):
     ada.send_message(ada.create_conversation())
     assert ada.get(f"/api/conversations/{id}").status_code == 404
@@ -245,12 +243,6 @@ def test_invalid_id_in_a_path_returns_404(ada, id):
 # Whose they are
 
 BODY = {"name": "Mine now", "text": "Hello", "password": PASSWORD, "current_password": PASSWORD, "new_password": "x"}
-MESSAGE_ENDPOINTS = [
-    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}"),
-    ("PUT", "/api/conversations/{conversation_id}/messages/{message_id}"),
-    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}/events"),
-    ("POST", "/api/conversations/{conversation_id}/messages/{message_id}/stop"),
-]
 CONVERSATION_ENDPOINTS = [
     ("GET", "/api/conversations/{conversation_id}"),
     ("PUT", "/api/conversations/{conversation_id}"),
@@ -258,7 +250,10 @@ CONVERSATION_ENDPOINTS = [
     ("DELETE", "/api/conversations/{conversation_id}"),
     ("GET", "/api/conversations/{conversation_id}/messages"),
     ("POST", "/api/conversations/{conversation_id}/messages"),
-    *MESSAGE_ENDPOINTS,
+    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}"),
+    ("PUT", "/api/conversations/{conversation_id}/messages/{message_id}"),
+    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}/events"),
+    ("POST", "/api/conversations/{conversation_id}/messages/{message_id}/stop"),
 ]
 LOGIN_REQUIRED = [
     ("POST", "/api/logout/{user_id}"),
@@ -306,17 +301,6 @@ def test_missing_and_another_users_conversation_return_the_same_404(ada, bob, me
     assert ada.list_conversations() == []
 
 
-@pytest.mark.parametrize(("method", "path"), MESSAGE_ENDPOINTS)
-def test_missing_message_and_that_of_another_conversation_return_404(ada, method, path):
-    id, other_id = ada.create_conversation(), ada.create_conversation()
-    message_id = ada.send_message(other_id).json[0]["id"]
-    before = ada.list_conversations()
-    for message_id in (message_id, message_id + 1000):
-        response = ada.open(path.format(conversation_id=id, message_id=message_id), method=method, json=BODY)
-        assert get_answer(response) == (404, {"error": "Message not found"})
-    assert ada.list_conversations() == before
-
-
 @pytest.mark.parametrize("was_logged_in", [False, True])
 @pytest.mark.parametrize(("method", "path"), LOGIN_REQUIRED)
 def test_request_without_a_session_returns_401_and_changes_nothing(ada, client, was_logged_in, method, path):
@@ -326,9 +310,9 @@ def test_request_without_a_session_returns_401_and_changes_nothing(ada, client, 
     if was_logged_in:
         client = create_other_client(ada)
         ada.logout()
-    for id in (id, 1000):
-        path = path.format(user_id=ada.user_id, conversation_id=id, message_id=message_id)
-        response = client.open(path, method=method, json=BODY, query_string={"q": "a"})
+    for conversation_id in (id, 1000):
+        url = path.format(user_id=ada.user_id, conversation_id=conversation_id, message_id=message_id)
+        response = client.open(url, method=method, json=BODY, query_string={"q": "a"})
         assert get_answer(response) == (401, {"error": "Login required"})
     ada.login("ada")
     assert ada.list_conversations() == before
@@ -365,74 +349,14 @@ def test_delete_conversation_sends_no_more_queries_for_more_messages(app, ada):
 # Meanwhile
 
 
-def create_client_and_run_during_reply(make_app, func):
-    """Return a client of ada's; while the bot replies to her, the function is called with another client of hers."""
-
+def test_rename_during_a_reply_is_kept(make_app):
     def bot(history, **kwargs):
-        func(create_other_client(ada))
+        create_other_client(ada).put("/api/conversations/1", json={"name": "New"})
         yield "Well."
 
     ada = create_logged_in_client(make_app(bot=bot), "ada")
-    return ada
-
-
-def test_conversation_deleted_during_a_reply_returns_404_and_leaves_no_messages(make_app):
-    ada = create_client_and_run_during_reply(make_app, lambda other: other.delete("/api/conversations/1"))
-    assert get_answer(ada.send_message(ada.create_conversation())) == NOT_FOUND
-    assert execute(ada.application, "SELECT count(*) FROM message") == [(0,)]
-
-
-def test_logout_during_a_reply_does_not_end_it(make_app):
-    ada = create_client_and_run_during_reply(make_app, lambda other: other.logout())
-    response = ada.send_message(ada.create_conversation())
-    assert response.status_code == 201
-    assert not ada.is_logged_in()
-    ada.login("ada")
-    assert ada.list_messages(1) == response.json
-
-
-def test_rename_during_a_reply_is_kept(make_app):
-    ada = create_client_and_run_during_reply(
-        make_app, lambda other: other.put("/api/conversations/1", json={"name": "New"})
-    )
     exchange = ada.send_message(ada.create_conversation("Old")).json
     assert ada.list_conversations() == [{"id": 1, "name": "New", "messages": exchange}]
-
-
-def test_no_database_connection_is_held_while_the_bot_works(make_app):
-    def bot(history, **kwargs):
-        for text in ("Well,", " well."):
-            wait_until(is_no_connection_in_use)
-            yield text
-
-    def is_no_connection_in_use():
-        with app.app_context():
-            return db.engine.pool.checkedout() == 0
-
-    app = make_app(bot=bot)
-    ada = create_logged_in_client(app, "ada")
-    assert ada.send_message(ada.create_conversation()).json[1]["text"] == "Well, well."
-
-
-@pytest.mark.parametrize("chunks", [0, 1])
-def test_bug_in_the_bot_does_not_show_in_the_response(make_app, chunks):
-    def bot(history, **kwargs):
-        yield from ["I am"][:chunks]
-        raise RuntimeError("a secret")
-
-    ada = create_logged_in_client(make_app(bot=bot), "ada")
-    conversation = ada.create_conversation()
-    response = ada.send_message(conversation)
-    if chunks:
-        assert response.status_code == 201
-        assert [(message["text"], message.get("status")) for message in response.json] == [
-            ("Hello", None),
-            ("I am", "failed"),
-        ]
-        assert ada.list_messages(conversation) == response.json
-    else:
-        assert get_answer(response) == (500, {"error": "Internal server error"})
-        assert ada.list_messages(conversation) == []
 
 
 @contextmanager
@@ -453,23 +377,13 @@ def run_at_event(name, func):
 
 
 @on_postgresql  # on SQLite a request that writes lets no other one write
-@pytest.mark.parametrize(
-    ("method", "answer"), [("PUT", NOT_FOUND), ("PATCH", NOT_FOUND), ("DELETE", (204, None))]
-)
+@pytest.mark.parametrize(("method", "answer"), [("PUT", NOT_FOUND), ("PATCH", NOT_FOUND), ("DELETE", (204, None))])
 def test_change_of_a_conversation_that_is_being_deleted_returns_as_if_it_came_later(ada, method, answer):
     path, other = f"/api/conversations/{ada.create_conversation()}", create_other_client(ada)
     with run_at_event("before_flush", lambda: other.delete(path)):
         response = ada.open(path, method=method, json={"name": "New"})
     assert get_answer(response) == answer
     assert ada.list_conversations() == []
-
-
-@on_postgresql
-def test_create_conversation_while_the_account_is_deleted_returns_401(ada):
-    other = create_other_client(ada)
-    with run_at_event("before_flush", lambda: other.delete("/api/account", json={"password": PASSWORD})):
-        response = ada.post("/api/conversations", json={"name": "New"})
-    assert get_answer(response) == (401, {"error": "Login required"})
 
 
 def test_conversation_deleted_right_after_a_change_is_returned_as_changed(ada):
@@ -481,24 +395,6 @@ def test_conversation_deleted_right_after_a_change_is_returned_as_changed(ada):
         created = ada.post("/api/conversations", json={"name": "Brief"})
     assert get_answer(created) == (201, {"id": id + 1, "name": "Brief"})
     assert ada.list_conversations() == []
-
-
-def test_exchanges_stay_together_when_many_clients_send(echo_ada):
-    conversation = echo_ada.create_conversation()
-    clients = [create_other_client(echo_ada) for _ in range(12)]
-
-    def send_messages(number):
-        return [clients[number].send_message(conversation, f"{number}-{n}").json for n in range(8)]
-
-    exchanges = run_concurrently(len(clients), send_messages)
-    messages = echo_ada.list_messages(conversation)
-    assert get_ids(messages) == sorted(set(get_ids(messages)))
-    stored = [messages[n : n + 2] for n in range(0, len(messages), 2)]
-    assert stored == sorted(chain(*exchanges), key=lambda exchange: exchange[0]["id"])
-    for number in range(len(clients)):
-        texts = [question["text"] for question, _ in stored if question["text"].startswith(f"{number}-")]
-        assert texts == [f"{number}-{n}" for n in range(8)]
-    assert all(question["text"] == reply["text"] for question, reply in stored)
 
 
 def test_conversations_of_users_who_send_at_once_do_not_mix(make_app):

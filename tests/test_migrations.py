@@ -1,303 +1,333 @@
-"""The database: what the migrations make of it, whoever runs them, and what it refuses and keeps."""
+"""Migrations: the schema that they create, what the database refuses, and changes of a schema with rows."""
 
 import os
-import re
-import sqlite3
+import shutil
 import subprocess
 import sys
-from contextlib import ExitStack, closing
-from datetime import UTC, datetime, timedelta
-from threading import Timer
+from contextlib import ExitStack
 
 import pytest
-from flask_migrate import check, downgrade, upgrade
 from sqlalchemy import inspect
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app import create_app, db
-from tests.conftest import NEEDS_POSTGRESQL, newcomer
-from tests.serving import PATIENCE, ROOT
+from tests.conftest import DATABASES
+from tests.helpers.data import execute
+from tests.helpers.server import ROOT, TIMEOUT
 
-on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-on_postgresql = pytest.mark.parametrize("database", [pytest.param("postgresql", marks=NEEDS_POSTGRESQL)], indirect=True)
+on_sqlite = pytest.mark.parametrize("database", DATABASES[:1], indirect=True)
 
-MOMENT = "TIMESTAMP WITH TIME ZONE"
+TIMESTAMP = "TIMESTAMP WITH TIME ZONE"
 SCHEMA = {
     "user": {
         "id": "BIGINT NOT NULL",
-        "user_id": "BIGINT NOT NULL",
+        "user_id": "BIGINT",
         "username": "VARCHAR(80) NOT NULL",
         "password_hash": "VARCHAR(255) NOT NULL",
         "is_logged_in": "BOOLEAN NOT NULL",
-        "last_login": MOMENT,
-        "last_logout": MOMENT,
+        "last_login": TIMESTAMP,
+        "last_logout": TIMESTAMP,
+        "session_token": "VARCHAR(43)",
     },
     "conversation": {
         "id": "BIGINT NOT NULL",
         "name": "VARCHAR(255) NOT NULL",
         "user_id": "BIGINT NOT NULL",
-        "created_at": f"{MOMENT} NOT NULL",
+        "created_at": f"{TIMESTAMP} NOT NULL",
+        "updated_at": f"{TIMESTAMP} NOT NULL",
     },
     "message": {
         "id": "BIGINT NOT NULL",
         "sender": "VARCHAR(4) NOT NULL",
         "text": "TEXT NOT NULL",
         "conversation_id": "BIGINT NOT NULL",
-        "created_at": f"{MOMENT} NOT NULL",
+        "created_at": f"{TIMESTAMP} NOT NULL",
+        "status": "VARCHAR(11) NOT NULL",
+        "heartbeat_at": TIMESTAMP,
+        "stop_requested": "BOOLEAN NOT NULL",
         "idempotency_key": "VARCHAR(255)",
+        "replaces_id": "BIGINT",
     },
 }
+INDEXES = {
+    ("conversation", "ix_conversation_user_id_id", False, "user_id", "id"),
+    ("conversation", "ix_conversation_user_id_updated_at_id", False, "user_id", "updated_at", "id"),
+    ("message", "ix_message_conversation_id_id", False, "conversation_id", "id"),
+    ("message", "ix_message_conversation_id_idempotency_key", True, "conversation_id", "idempotency_key"),
+    ("message", "ix_message_conversation_id_sender", True, "conversation_id", "sender"),
+    ("message", "ix_message_heartbeat_at", False, "heartbeat_at"),
+    ("message", "ix_message_replaces_id", False, "replaces_id"),
+}
 ROWS = {
-    "user": """INSERT INTO "user" (username, password_hash, is_logged_in, last_login)
-        VALUES ('ada', 'x', true, '2026-01-31T12:00:00.000000Z')""",
-    "conversation": """INSERT INTO conversation (name, user_id, created_at)
-        VALUES ('Talk', 1, '2026-01-31T12:00:01.000000Z')""",
+    "user": """INSERT INTO "user" (user_id, username, password_hash, is_logged_in, last_login, session_token)
+        VALUES (1, 'ada', 'x', true, '2026-01-31T12:00:00.000000Z', 'abc')""",
+    "conversation": """INSERT INTO conversation (name, user_id, created_at, updated_at)
+        VALUES ('Tea', 1, '2026-01-31T12:00:01.000000Z', '2026-01-31T12:00:02.000000Z')""",
     "message": """INSERT INTO message (sender, text, conversation_id, created_at)
         VALUES ('bot', 'Hello ✓', 1, '2026-01-31T12:00:02.000000Z')""",
 }
+MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{revision}"
+down_revision = "0001"
+
+
+def upgrade():
+    with op.batch_alter_table("{table}") as batch:
+        {change}
+"""
 
 
 @pytest.fixture
-def engine(app):
-    with app.app_context():
-        return db.engine
-
-
-@pytest.fixture
-def empty(empty_database):
-    """An application in its context, on a database without tables."""
+def empty_app(empty_database):
+    """An application on a database without tables."""
     app = create_app({"DATABASE_URL": empty_database})
+    yield app
     with app.app_context():
-        yield app
         db.engine.dispose()
 
 
-def execute(engine, *statements):
-    """Run the statements in one transaction; return the rows of the last, if it makes some."""
-    with engine.begin() as connection:
-        results = [connection.exec_driver_sql(statement) for statement in statements]
-        return [tuple(row) for row in results[-1]] if results[-1].returns_rows else None
+@pytest.fixture
+def add_migration(tmp_path):
+    """A function that adds a migration after the first to a copy of the migrations; returns the copy's path."""
+
+    def add(table, change):
+        folder = shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
+        for path in folder.glob("versions/*.py"):
+            if not path.name.startswith("0001"):
+                path.unlink()
+        (folder / "versions" / "changed.py").write_text(
+            MIGRATION.format(revision="changed", table=table, change=change)
+        )
+        return folder
+
+    return add
 
 
-def contents(engine):
-    return {table: execute(engine, f'SELECT * FROM "{table}"') for table in SCHEMA}
+def read_rows(app):
+    return {table: execute(app, f'SELECT * FROM "{table}"') for table in SCHEMA}
 
 
-def tables(engine):
-    return set(inspect(engine).get_table_names())
+def add_rows(app):
+    for statement in ROWS.values():
+        execute(app, statement)
 
 
-def test_the_tables_have_the_documented_columns(engine):
-    def spelled(column):
-        kind = column["type"].compile(engine.dialect)
-        kind = {"INTEGER": "BIGINT", "DATETIME": MOMENT}.get(kind, kind) if engine.name == "sqlite" else kind
-        return kind if column["nullable"] else f"{kind} NOT NULL"
-
-    assert tables(engine) == {*SCHEMA, "alembic_version"}
-    for table, columns in SCHEMA.items():
-        assert {column["name"]: spelled(column) for column in inspect(engine).get_columns(table)} == columns
+def list_tables(app):
+    with app.app_context():
+        return set(inspect(db.engine).get_table_names())
 
 
-def test_constraints_and_indexes_are_named_by_the_convention(engine):
+def run_flask_db(app, *arguments):
+    """Run `flask db` in this process; return its exit status."""
+    return app.test_cli_runner().invoke(args=["db", *map(str, arguments)]).exit_code
+
+
+# The schema
+
+
+def test_tables_have_the_documented_columns_and_ours(app):
+    with app.app_context():
+        engine = db.engine
+
+    def describe(column):
+        type_name = column["type"].compile(engine.dialect)
+        if engine.dialect.name == "sqlite":
+            type_name = {"INTEGER": "BIGINT", "DATETIME": TIMESTAMP}.get(type_name, type_name)
+        return type_name if column["nullable"] else f"{type_name} NOT NULL"
+
     inspector = inspect(engine)
-    uniques = {
-        (table, unique["name"], *unique["column_names"])
-        for table in SCHEMA
-        for unique in inspector.get_unique_constraints(table)
-    }
-    assert uniques == {("user", "uq_user_user_id", "user_id"), ("user", "uq_user_username", "username")}
-    indexes = {
+    assert set(inspector.get_table_names()) == {*SCHEMA, "alembic_version"}
+    for table, columns in SCHEMA.items():
+        assert {column["name"]: describe(column) for column in inspector.get_columns(table)} == columns
+
+
+def test_constraints_and_indexes_are_named_by_the_convention(app):
+    with app.app_context():
+        inspector, is_sqlite = inspect(db.engine), db.engine.dialect.name == "sqlite"
+    uniques = {(unique["name"], *unique["column_names"]) for unique in inspector.get_unique_constraints("user")}
+    assert uniques == {(f"uq_user_{name}", name) for name in ("user_id", "username", "session_token")}
+    assert {
         (table, index["name"], bool(index["unique"]), *index["column_names"])
         for table in SCHEMA
         for index in inspector.get_indexes(table)
         if not index.get("duplicates_constraint")
-    }
-    keys = ("conversation_id", "idempotency_key")
-    assert indexes == {
-        ("conversation", "ix_conversation_user_id_id", False, "user_id", "id"),
-        ("message", "ix_message_conversation_id_id", False, "conversation_id", "id"),
-        ("message", "ix_message_conversation_id_idempotency_key", True, *keys),
-    }
+    } == INDEXES
     checks = {(table, check["name"]) for table in SCHEMA for check in inspector.get_check_constraints(table)}
-    assert checks == {("message", "ck_message_sender")}
-    if engine.name == "postgresql":  # SQLite's own key is spelled in its column, and has no name
+    assert checks == {("message", f"ck_message_{name}") for name in ("sender", "status", "user_status", "heartbeat")}
+    if not is_sqlite:  # SQLite's primary key belongs to its column and has no name
         assert {inspector.get_pk_constraint(table)["name"] for table in SCHEMA} == {f"pk_{table}" for table in SCHEMA}
 
 
 @pytest.mark.parametrize(
-    ("table", "column", "parent", "name"),
+    ("table", "column", "parent"),
     [
-        ("conversation", "user_id", "user", "fk_conversation_user_id_user"),
-        ("message", "conversation_id", "conversation", "fk_message_conversation_id_conversation"),
+        ("conversation", "user_id", "user"),
+        ("message", "conversation_id", "conversation"),
+        ("message", "replaces_id", "message"),
     ],
 )
-def test_a_child_goes_with_its_parent(engine, table, column, parent, name):
-    [key] = inspect(engine).get_foreign_keys(table)
-    assert key["constrained_columns"] == [column]
+def test_deletion_of_a_row_deletes_what_refers_to_it(app, table, column, parent):
+    with app.app_context():
+        [key] = [key for key in inspect(db.engine).get_foreign_keys(table) if key["constrained_columns"] == [column]]
     assert (key["referred_table"], key["referred_columns"]) == (parent, ["id"])
-    assert (key["name"], key["options"]) == (name, {"ondelete": "CASCADE"})
-    execute(engine, *ROWS.values(), f'DELETE FROM "{parent}"')
-    assert contents(engine)[table] == []
+    assert (key["name"], key["options"]) == (f"fk_{table}_{column}_{parent}", {"ondelete": "CASCADE"})
+    add_rows(app)
+    execute(app, ROWS["message"].replace("created_at", "created_at, replaces_id").replace("Z')", "Z', 1)"))
+    execute(app, f'DELETE FROM "{parent}" WHERE id = 1')
+    assert read_rows(app)[table] == []
 
 
 @on_sqlite
-def test_on_sqlite_ids_are_never_given_twice(engine):
-    rows = execute(engine, "SELECT name, sql FROM sqlite_master WHERE type = 'table'")
+def test_ids_on_sqlite_are_autoincremented(app):
+    rows = execute(app, "SELECT name, sql FROM sqlite_master WHERE type = 'table'")
     assert {name for name, sql in rows if "AUTOINCREMENT" in sql} == set(SCHEMA)
 
 
 @pytest.mark.parametrize("table", SCHEMA)
-def test_an_id_is_not_reused(engine, table):
-    execute(engine, *ROWS.values(), f'DELETE FROM "{table}" WHERE id = 1')
-    parents = list(SCHEMA)[: list(SCHEMA).index(table)]
-    assert execute(engine, ROWS[table], f'SELECT id FROM "{table}"') == [(2,)]
-    assert all(len(contents(engine)[parent]) == 1 for parent in parents)
-
-
-def test_ids_have_64_bits(engine):
-    name = "INSERT INTO conversation (id, name, user_id, created_at)"
-    execute(engine, ROWS["user"], f"{name} VALUES ({2**63 - 1}, 'Talk', 1, '2026-01-31T12:00:01.000000Z')")
-    assert execute(engine, "SELECT id FROM conversation") == [(2**63 - 1,)]
-
-
-@pytest.mark.parametrize("sender", ["system", "User", "", "Bot"])
-def test_a_sender_is_user_or_bot(engine, sender):
-    with pytest.raises(DBAPIError, match=r"ck_message_sender|too long"):
-        execute(engine, ROWS["user"], ROWS["conversation"], ROWS["message"].replace("'bot'", f"'{sender}'"))
-
-
-def test_a_user_id_is_the_id_and_cannot_be_written(engine):
-    assert execute(engine, ROWS["user"], 'SELECT id, user_id FROM "user"') == [(1, 1)]
-    with pytest.raises(DBAPIError, match="user_id"):
-        execute(engine, 'UPDATE "user" SET user_id = 7')
-    with pytest.raises(DBAPIError, match="user_id"):
-        execute(
-            engine, """INSERT INTO "user" (user_id, username, password_hash, is_logged_in) VALUES (7, 'b', 'x', true)"""
-        )
-
-
-def test_a_username_is_taken_once(engine):
-    with pytest.raises(IntegrityError):
-        execute(engine, ROWS["user"], ROWS["user"])
-
-
-@pytest.mark.parametrize("table", ["conversation", "message"])
-def test_a_child_needs_its_parent(engine, table):
-    with pytest.raises(IntegrityError):
-        execute(engine, ROWS[table])
-
-
-def test_the_models_and_the_migrations_agree(empty):
-    upgrade()
-    check()  # the command `flask db check`, which exits where there is something to add
-    execute(db.engine, "DROP INDEX ix_message_conversation_id_id")
-    with pytest.raises(SystemExit):
-        check()
-
-
-def test_migrations_go_up_down_and_up_again(empty):
-    upgrade()
-    assert tables(db.engine) == {*SCHEMA, "alembic_version"}
-    downgrade(revision="base")
-    assert tables(db.engine) == {"alembic_version"}
-    assert execute(db.engine, "SELECT * FROM alembic_version") == []
-    upgrade()
-    assert tables(db.engine) == {*SCHEMA, "alembic_version"}
-    check()
-
-
-def test_what_the_first_version_stored_survives_every_later_one(empty):
-    upgrade(revision="0001")
-    execute(db.engine, *ROWS.values())
-    before = contents(db.engine)
-    upgrade()
-    after = contents(db.engine)
-    assert all(after[table][0][: len(row)] == row for table, [row] in before.items())
-    downgrade(revision="0001")
-    assert contents(db.engine) == before
-
-
-def test_servers_may_migrate_at_once(empty_database, empty):
-    command = [sys.executable, "-m", "flask", "db", "upgrade"]
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DATABASE_URL": empty_database}))
-            for _ in range(4)
-        ]
-        assert [server.wait(PATIENCE) for server in servers] == [0] * 4
-    check()
-
-
-def test_a_new_database_is_waited_for_while_another_writes_to_it(tmp_path):
-    path = tmp_path / "new.db"
-    app = create_app({"DATABASE_URL": f"sqlite:///{path}"})
-    with closing(sqlite3.connect(path, check_same_thread=False, isolation_level=None)) as other, app.app_context():
-        other.execute("BEGIN IMMEDIATE")
-        release = Timer(0.2, other.execute, ["COMMIT"])
-        release.start()
-        with db.engine.connect() as connection:
-            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        release.join()
-        db.engine.dispose()
+def test_id_of_the_newest_row_is_not_reused_after_deletion(app, table):
+    add_rows(app)
+    execute(app, f'DELETE FROM "{table}"')
+    execute(app, ROWS[table])
+    assert execute(app, f'SELECT id FROM "{table}"') == [(2,)]
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("get", "/api/users/status"), ("post", "/api/signup"), ("post", "/api/login")]
+    ("table", "old", "new", "constraint"),
+    [
+        ("user", "", "", "username"),
+        ("user", "'ada'", "'bob'", "user_id"),
+        ("user", "1, 'ada'", "2, 'bob'", "session_token"),
+        ("conversation", "'Tea', 1", "'Tea', 2", "fk_conversation_user_id_user|FOREIGN KEY"),
+        ("message", "✓', 1", "✓', 2", "fk_message_conversation_id_conversation|FOREIGN KEY"),
+        ("message", "'bot'", "'Bot'", "ck_message_sender"),
+        ("message", "'bot'", "''", "ck_message_sender"),
+        ("message", "'bot'", "'system'", "ck_message_sender|too long"),
+    ],
 )
-def test_without_tables_the_answer_and_the_log_say_what_to_run(empty_database, caplog, method, path):
-    app = create_app({"DATABASE_URL": empty_database})
-    answer = getattr(app.test_client(), method)(path, json={"username": "ada", "password": "correct horse"})
-    assert answer.status_code == 503
-    assert answer.json == {"error": "The database lacks its tables: run python -m flask db upgrade"}
-    assert int(answer.headers["Retry-After"]) > 0
-    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "run python -m flask db upgrade" in record.message
-    assert not record.exc_info
-    with app.app_context():
-        db.engine.dispose()
+def test_database_refuses_an_invalid_row(app, table, old, new, constraint):
+    add_rows(app)
+    with pytest.raises(DBAPIError, match=constraint):
+        execute(app, ROWS[table].replace(old, new))
 
 
-@on_sqlite
-def test_every_connection_to_sqlite_is_durable_strict_and_patient(engine):
+def test_database_refuses_null_in_a_required_column(app):
+    add_rows(app)
+    required = [(table, name) for table in SCHEMA for name, type_name in SCHEMA[table].items() if "NOT" in type_name]
+    for table, name in required:
+        with pytest.raises(IntegrityError, match=name):
+            execute(app, f'UPDATE "{table}" SET {name} = NULL')
+
+
+# Migrating
+
+
+def test_migrations_and_models_agree(empty_app):
+    assert run_flask_db(empty_app, "upgrade") == 0
+    assert run_flask_db(empty_app, "check") == 0
+    execute(empty_app, "DROP INDEX ix_message_conversation_id_id")
+    assert run_flask_db(empty_app, "check") == 1
+
+
+def test_downgrade_drops_all_tables_and_upgrade_creates_them_again(empty_app):
+    assert run_flask_db(empty_app, "upgrade") == 0
+    assert list_tables(empty_app) == {*SCHEMA, "alembic_version"}
+    assert run_flask_db(empty_app, "downgrade", "base") == 0
+    assert list_tables(empty_app) == {"alembic_version"}
+    assert execute(empty_app, "SELECT * FROM alembic_version") == []
+    assert run_flask_db(empty_app, "upgrade") == 0
+    assert run_flask_db(empty_app, "check") == 0
+
+
+def test_rows_of_the_first_version_survive_upgrade_and_downgrade(empty_app):
+    assert run_flask_db(empty_app, "upgrade", "0001") == 0
+    add_rows(empty_app)
+    before = read_rows(empty_app)
+    assert run_flask_db(empty_app, "upgrade") == 0
+    after = read_rows(empty_app)
+    assert all(after[table][0][: len(row)] == row for table, [row] in before.items())
+    assert run_flask_db(empty_app, "downgrade", "0001") == 0
+    assert read_rows(empty_app) == before
+
+
+def test_concurrent_upgrades_all_succeed(empty_database, empty_app):
+    command = [sys.executable, "-m", "flask", "db", "upgrade"]
+    environ = {**os.environ, "DATABASE_URL": empty_database}
     with ExitStack() as stack:
-        for connection in [stack.enter_context(engine.connect()) for _ in range(3)]:
-            pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-            values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
-            assert values == ["wal", 2, 1, 10_000]  # 2 is FULL
+        processes = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environ)) for _ in range(4)]
+        assert [process.wait(TIMEOUT) for process in processes] == [0] * 4
+    assert run_flask_db(empty_app, "check") == 0
 
 
-@on_sqlite
-def test_sqlite_stores_times_as_they_are_sent(app, ada, database):
-    ada.send(ada.create())
-    ada.logout()
-    with sqlite3.connect(make_url(database).database) as connection:
-        times = connection.execute(
-            'SELECT last_login, last_logout, c.created_at, m.created_at FROM "user", conversation c, message m'
-        ).fetchall()
-    connection.close()
-    assert len(times) == 2
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", time) for row in times for time in row)
-    [status] = app.test_client().get("/api/users/status").json["users"]
-    assert (status["last_login"], status["last_logout"]) == times[0][:2]
+CHANGES_OF_USER = {
+    "widen username": 'batch.alter_column("username", type_=sa.String(200), existing_type=sa.String(80))',
+    "drop a column": 'batch.drop_column("last_logout")',
+}
 
 
-@on_postgresql
-@pytest.mark.parametrize("zone", ["Asia/Kathmandu", "America/St_Johns"])
-def test_postgresql_keeps_moments_whatever_the_connections_time_zone(make_app, database, zone):
-    started = {"SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
-    elsewhere = make_app(DATABASE_URL=f"{database}?options=-c%20timezone%3D{zone}", **started)
-    with elsewhere.app_context():
-        assert execute(db.engine, "SHOW timezone") == [(zone,)]
-    ada = newcomer(elsewhere, "ada")
-    [message, _] = ada.send(ada.create()).json
-    [status] = ada.get("/api/users/status").json["users"]
-    for time in (status["last_login"], message["created_at"]):
-        assert time.endswith("Z")
-        assert abs(datetime.now(UTC) - datetime.fromisoformat(time)) < timedelta(seconds=PATIENCE)
-    assert ada.is_logged_in()
+@pytest.mark.parametrize("change", CHANGES_OF_USER.values(), ids=CHANGES_OF_USER)
+def test_change_of_the_user_table_keeps_its_rows_and_never_reuses_an_id(empty_app, add_migration, change):
+    assert run_flask_db(empty_app, "upgrade", "0001") == 0
+    add_rows(empty_app)
+    before = read_rows(empty_app)
+    columns = ", ".join(name for name in SCHEMA["user"] if name != "last_logout")
+    [ada] = execute(empty_app, f'SELECT {columns} FROM "user"')
+    new_user = ROWS["user"].replace("1, 'ada'", "2, 'bob'").replace("'abc'", "'def'")
+    execute(empty_app, new_user)
+    execute(empty_app, """DELETE FROM "user" WHERE username = 'bob'""")
 
-    here = make_app(**started).test_client()
-    assert here.get("/api/users/status").json["users"] == [status]
-    here.login("ada")
-    assert here.get("/api/conversations").json[0]["messages"][0] == message
+    assert run_flask_db(empty_app, "upgrade", "--directory", add_migration("user", change)) == 0
+    assert execute(empty_app, f'SELECT {columns} FROM "user"') == [ada]
+    assert read_rows(empty_app) == {**before, "user": execute(empty_app, 'SELECT * FROM "user"')}
+    execute(empty_app, new_user)
+    assert execute(empty_app, 'SELECT max(id) FROM "user"') == [(3,)]  # 2 was that of the deleted user
+    with pytest.raises(IntegrityError, match="username"):
+        execute(empty_app, ROWS["user"].replace("1, 'ada'", "9, 'ada'").replace("'abc'", "'ghi'"))
+    with pytest.raises(IntegrityError, match="user_id"):
+        execute(empty_app, ROWS["user"].replace("'ada'", "'eve'").replace("'abc'", "'ghi'"))
+    execute(empty_app, 'DELETE FROM "user" WHERE id = 1')
+    assert read_rows(empty_app)["conversation"] == []
+
+
+@pytest.mark.parametrize("table", SCHEMA)
+def test_change_of_a_table_whose_rows_were_deleted_never_reuses_an_id(empty_app, add_migration, table):
+    assert run_flask_db(empty_app, "upgrade", "0001") == 0
+    add_rows(empty_app)
+    execute(empty_app, f'DELETE FROM "{table}"')
+    folder = add_migration(table, 'batch.alter_column("id", comment="changed")')
+    assert run_flask_db(empty_app, "upgrade", "--directory", folder) == 0
+    execute(empty_app, ROWS[table])
+    assert execute(empty_app, f'SELECT id FROM "{table}"') == [(2,)]
+
+
+def test_failing_migration_logs_what_failed_and_changes_nothing(empty_app, add_migration, caplog):
+    assert run_flask_db(empty_app, "upgrade", "0001") == 0
+    add_rows(empty_app)
+    before = read_rows(empty_app)
+    change = 'batch.add_column(sa.Column("topic", sa.String(20), nullable=False))'
+    assert run_flask_db(empty_app, "upgrade", "--directory", add_migration("conversation", change)) == 1
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage().startswith("Error: a migration failed: ")
+    assert "topic" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert read_rows(empty_app) == before
+    assert execute(empty_app, "SELECT * FROM alembic_version") == [("0001",)]
+
+
+# Without tables
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/api/users/status"), ("POST", "/api/signup"), ("POST", "/api/login")]
+)
+def test_request_without_tables_returns_503_and_the_log_says_what_to_run(empty_app, caplog, method, path):
+    body = {"username": "ada", "password": "correct horse"}
+    response = empty_app.test_client().open(path, method=method, json=body)
+    assert response.status_code == 503
+    assert response.json == {"error": "The database is unavailable, try again later"}
+    assert int(response.headers["Retry-After"]) > 0
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "run python -m flask db upgrade" in record.getMessage()
+    assert not record.exc_info

@@ -1,5 +1,6 @@
 """Replies: generated in the background, followed by any request of any process, and stored however they end."""
 
+import re
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -9,9 +10,9 @@ from sqlalchemy.exc import IntegrityError
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
-from app.models import Conversation, Message
+from app.models import Message
 from tests.conftest import PASSWORD, SHARED_SESSIONS, create_logged_in_client, create_other_client
-from tests.helpers.bots import ASYNC, STREAM, ScriptedBot, read_events
+from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, read_events
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 WAYS_TO_SEND = {"waiting": ({}, 201), "stream": (STREAM, 200), "async": (ASYNC, 202)}
@@ -57,8 +58,9 @@ def start_reply(client, conversation_id, text="Hello"):
 def wait_for_end(client, conversation_id, message_id):
     """Return a message as soon as it is not in progress."""
     return wait_until(
-        lambda: (message := client.get_message(conversation_id, message_id).json).get("status") != "in_progress"
-        and message
+        lambda: (
+            (message := client.get_message(conversation_id, message_id).json).get("status") != "in_progress" and message
+        )
     )
 
 
@@ -83,7 +85,8 @@ def test_send_returns_201_and_stored_messages(ada, conversation_id):
 
 
 @pytest.mark.parametrize(
-    "preference", ["respond-async", "Respond-Async", "respond-async, wait=10", "wait=10,respond-async", "respond-async; x"]
+    "preference",
+    ["respond-async", "Respond-Async", "respond-async, wait=10", "wait=10,respond-async", "respond-async; x"],
 )
 def test_send_with_respond_async_returns_202_and_reply_in_progress(ada, bot, gate, conversation_id, preference):
     bot.steps = [gate.wait, "Hello"]
@@ -457,10 +460,10 @@ def test_etag_changes_whenever_reply_does(ada, bot, gate, conversation_id, path)
 
 def test_reply_goes_on_without_its_sender(app, ada, bot, gate, conversation_id):
     bot.steps = ["One ", gate.wait, "two"]
-    with ada.send_message(conversation_id, headers=STREAM) as response:
+    with ada.send_message(conversation_id, headers=STREAM, buffered=False) as response:
         assert next(response.iter_encoded())
     gate.set()
-    question, reply = ada.list_messages(conversation_id)
+    reply = ada.list_messages(conversation_id)[1]
     assert wait_for_end(ada, conversation_id, reply["id"])["text"] == "One two"
 
 
@@ -532,7 +535,7 @@ def test_replies_leave_no_thread_behind(ada, bot, conversation_id):
     bot.scripts = {"fail": [BotError("down")], "cut": ["One ", BotError("cut")], "bug": [ZeroDivisionError("a bug")]}
     for text in ("Hello", "fail", "cut", "bug"):
         ada.send_message(conversation_id, text)
-        with ada.send_message(conversation_id, text, headers=STREAM):
+        with ada.send_message(conversation_id, text, headers=STREAM, buffered=False):
             """Close the stream without reading it."""
         ada.send_message(conversation_id, text, headers=ASYNC)
     wait_until(lambda: threading.active_count() <= threads)
@@ -565,3 +568,311 @@ def test_call_holds_no_database_connection_while_bot_is_silent(app, ada, bot, ga
         gate.set()
     assert waiting.result().status_code < 300
     assert held.count(0) > 25  # the thread that stores replies uses one now and then
+
+
+def test_stop_returns_reply_as_stored(ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    question, reply = start_reply(ada, conversation_id)
+    wait_for_text(ada, conversation_id, reply["id"], "One ")
+    response = ada.stop_reply(conversation_id, reply["id"])
+    assert (response.status_code, response.json) == (200, {**reply, "text": "One ", "status": "stopped"})
+    assert ada.list_messages(conversation_id) == [question, response.json]
+    gate.set()
+    wait_until(lambda: bot.closed)
+    assert ada.list_messages(conversation_id) == [question, response.json]
+
+
+def test_stop_by_id_of_users_message_stops_its_reply(ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    question, reply = start_reply(ada, conversation_id)
+    response = ada.stop_reply(conversation_id, question["id"])
+    assert (response.json["id"], response.json["status"]) == (reply["id"], "stopped")
+
+
+def test_stop_before_first_chunk_leaves_empty_reply(ada, bot, gate, conversation_id):
+    bot.steps = [gate.wait, "One"]
+    question, reply = start_reply(ada, conversation_id)
+    stopped = ada.stop_reply(conversation_id, reply["id"]).json
+    assert stopped == {**reply, "status": "stopped"}
+    gate.set()
+    wait_until(lambda: bot.closed)
+    assert ada.list_messages(conversation_id) == [question, stopped]
+
+
+def test_stop_returns_pair_to_waiting_sender(ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id)) as [sending]:
+        question, reply = wait_until(lambda: ada.list_messages(conversation_id))
+        wait_for_text(ada, conversation_id, reply["id"], "One ")
+        stopped = ada.stop_reply(conversation_id, reply["id"]).json
+    assert (sending.result().status_code, sending.result().json) == (201, [question, stopped])
+
+
+@pytest.mark.parametrize("steps", [["One"], ["One ", BotError("cut")], ["One ", BotTruncated("limit")]])
+def test_stop_of_reply_that_is_over_returns_it_unchanged(ada, bot, conversation_id, steps):
+    bot.steps = steps
+    pair = ada.send_message(conversation_id).json
+    for message in pair:
+        response = ada.stop_reply(conversation_id, message["id"])
+        assert (response.status_code, response.json) == (200, pair[1])
+    assert ada.list_messages(conversation_id) == pair
+
+
+def test_concurrent_stops_return_the_same(ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    _, reply = start_reply(ada, conversation_id)
+    clients = [create_other_client(ada) for _ in range(4)]
+    responses = run_concurrently(4, lambda number: clients[number].stop_reply(conversation_id, reply["id"]))
+    assert [response.json for response in responses] == [ada.get_message(conversation_id, reply["id"]).json] * 4
+    assert responses[0].json["status"] == "stopped"
+
+
+def test_send_after_stop_is_stored_after_stopped_reply(ada, bot, gate, conversation_id):
+    bot.scripts = {"First": ["One ", gate.wait]}
+    first = start_reply(ada, conversation_id, "First")
+    stopped = ada.stop_reply(conversation_id, first[1]["id"]).json
+    second = ada.send_message(conversation_id, "Second").json
+    assert ada.list_messages(conversation_id) == [first[0], stopped, *second]
+
+
+class CancellableSource:
+    """A bot whose iterable blocks until another thread cancels it."""
+
+    def __init__(self):
+        self.cancelled, self.closed = Gate(), Gate()
+
+    def __call__(self, history, **kwargs):
+        return self
+
+    def __iter__(self):
+        yield "One "
+        self.cancelled.wait()
+        raise BotError("cancelled")
+
+    def close(self):
+        self.closed.set()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+def test_stop_cancels_and_closes_what_bot_returned(make_app):
+    source = CancellableSource()
+    client = create_logged_in_client(make_app(source), "ada")
+    conversation_id = client.create_conversation()
+    _, reply = start_reply(client, conversation_id)
+    wait_for_text(client, conversation_id, reply["id"], "One ")
+    assert client.stop_reply(conversation_id, reply["id"]).json["status"] == "stopped"
+    assert source.closed.wait()
+    assert client.get_message(conversation_id, reply["id"]).json["status"] == "stopped"
+
+
+def test_other_process_sees_reply_grow_and_end(ada, bot, gate, conversation_id, other_process):
+    bot.steps = ["One ", gate.wait, "two"]
+    question, reply = start_reply(ada, conversation_id)
+    wait_for_text(other_process, conversation_id, reply["id"], "One ")
+    assert other_process.list_messages(conversation_id) == [question, {**reply, "text": "One "}]
+    gate.set()
+    assert wait_for_end(other_process, conversation_id, reply["id"])["text"] == "One two"
+
+
+@pytest.mark.parametrize("text", ["", "One "], ids=["before the first chunk", "after the first chunk"])
+def test_stop_in_other_process_stops_reply(ada, bot, gate, conversation_id, other_process, text):
+    bot.steps = [text, gate.wait, "two"]
+    question, reply = start_reply(ada, conversation_id)
+    response = other_process.stop_reply(conversation_id, reply["id"])
+    assert response.status_code == 200
+    assert response.json["status"] == "stopped"
+    assert ada.list_messages(conversation_id) == [question, response.json]
+    gate.set()
+    wait_until(lambda: bot.closed)
+
+
+def test_deletion_in_other_process_ends_reply(app, ada, bot, gate, conversation_id, other_process):
+    bot.steps = ["One ", *[lambda: gate.wait(0.05), ""] * 1200]
+    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id)) as [sending]:
+        wait_until(lambda: other_process.list_messages(conversation_id))
+        delete_conversation(other_process, conversation_id)
+    assert sending.result().status_code == 404
+    wait_until(lambda: bot.closed)
+    assert count_messages(app) == 0
+
+
+def age_heartbeats(app, seconds):
+    """Let the replies in progress look as if their process had been killed some seconds ago."""
+    with app.app_context():
+        for id, heartbeat_at in db.session.execute(select(Message.id, Message.heartbeat_at)).all():
+            if heartbeat_at:
+                aged = heartbeat_at - timedelta(seconds=seconds)
+                db.session.execute(update(Message).where(Message.id == id).values(heartbeat_at=aged))
+        db.session.commit()
+
+
+@pytest.fixture
+def killed_process(app, ada):
+    """A function that sends a message whose reply is left in progress, as a process leaves it that is killed."""
+
+    def add_exchange(conversation_id, text="One ", **values):
+        values = {"conversation_id": conversation_id, "created_at": datetime.now(UTC), **values}
+        old = datetime.now(UTC) - timedelta(seconds=31)
+        with app.app_context():
+            add = insert(Message).returning(Message.id)
+            question_id = db.session.scalar(add.values(sender="user", text="Killed", **values))
+            reply = {"sender": "bot", "text": text, "status": "in_progress", "heartbeat_at": old, **values}
+            reply_id = db.session.scalar(add.values(**reply))
+            db.session.commit()
+        return question_id, reply_id
+
+    return add_exchange
+
+
+def find_statuses(response):
+    """Return the statuses in a JSON response."""
+    return re.findall(r'"status" ?: ?"(\w+)"', response.text)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_reply_of_killed_process_is_failed(ada, conversation_id, killed_process, other_process, path):
+    _, reply_id = killed_process(conversation_id)
+    path = path.format(conversation_id, reply_id)
+    response = other_process.get(path)
+    assert find_statuses(response) == ["failed"]
+    assert "One " in response.text
+    assert other_process.get(path, headers={"If-None-Match": response.headers["ETag"]}).status_code == 304
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_etag_changes_when_reply_of_killed_process_fails(app, ada, conversation_id, killed_process, make_app, path):
+    _, reply_id = killed_process(conversation_id)
+    age_heartbeats(app, -31)
+    path = path.format(conversation_id, reply_id)
+    response = ada.get(path)
+    assert find_statuses(response) == ["in_progress"]
+    age_heartbeats(app, 31)
+    client = create_other_client(ada, make_app(**SHARED_SESSIONS))  # which looks for such replies at its first request
+    response = client.get(path, headers={"If-None-Match": response.headers["ETag"]})
+    assert response.status_code == 200
+    assert find_statuses(response) == ["failed"]
+
+
+def test_stop_of_reply_of_killed_process_returns_it_as_failed(conversation_id, killed_process, other_process):
+    _, reply_id = killed_process(conversation_id)
+    assert other_process.stop_reply(conversation_id, reply_id).json["status"] == "failed"
+
+
+def test_send_after_reply_of_killed_process_works(conversation_id, killed_process, other_process, other_bot):
+    killed_process(conversation_id)
+    assert other_process.send_message(conversation_id, "Again").status_code == 201
+    assert other_bot.histories == [[("user", "Killed"), ("bot", "One "), ("user", "Again")]]
+
+
+def test_shutdown_stores_replies_in_progress_as_failed(app, ada, bot, gate, conversation_id):
+    bot.scripts = {"silent": [gate.wait]}
+    bot.steps = ["One ", gate.wait, "two"]
+    _, silent = start_reply(ada, conversation_id, "silent")
+    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id, "growing")) as [sending]:
+        wait_until(lambda: "One " in texts(ada.list_messages(conversation_id)))
+        app.extensions["replies"].shutdown(timeout=0)
+    response = sending.result()
+    assert (response.status_code, response.json[1]["text"], response.json[1]["status"]) == (201, "One ", "failed")
+    assert ada.get_message(conversation_id, silent["id"]).json == {**silent, "status": "failed"}
+    assert ada.list_messages(conversation_id)[2:] == response.json
+
+
+def test_shutdown_waits_for_replies_in_progress(app, ada, bot, gate, conversation_id):
+    bot.steps = ["One ", gate.wait, "two"]
+    _, reply = start_reply(ada, conversation_id)
+    with run_in_background(lambda: app.extensions["replies"].shutdown(timeout=TIMEOUT)):
+        wait_for_text(ada, conversation_id, reply["id"], "One ")
+        response = ada.send_message(conversation_id)
+        gate.set()
+    assert wait_for_end(ada, conversation_id, reply["id"]) == {
+        "id": reply["id"],
+        "sender": "bot",
+        "text": "One two",
+        "created_at": reply["created_at"],
+    }
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+
+
+def test_one_reply_more_than_max_concurrent_replies_returns_429(make_app, bot, gate):
+    app = make_app(bot, MAX_CONCURRENT_REPLIES=2)
+    ada, bob = create_logged_in_client(app, "ada"), create_logged_in_client(app, "bob")
+    conversation_id = ada.create_conversation()
+    question, reply = ada.send_message(conversation_id, "complete").json
+    bot.scripts = {"slow": ["One ", gate.wait]}
+    slow = [start_reply(ada, conversation_id, "slow") for _ in range(2)]
+    for headers in ({}, STREAM, ASYNC):
+        response = ada.send_message(conversation_id, headers=headers)
+        assert (response.status_code, list(response.json)) == (429, ["error"])
+        assert int(response.headers["Retry-After"]) > 0
+    assert ada.edit_message(conversation_id, question["id"], "Edited").status_code == 429
+    assert len(ada.list_messages(conversation_id)) == 6
+    assert ada.list_messages(conversation_id)[:2] == [question, reply]
+    assert bob.send_message(bob.create_conversation()).status_code == 201
+    ada.stop_reply(conversation_id, slow[0][1]["id"])
+    assert ada.send_message(conversation_id).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "steps", [["One"], [BotError("down")], [ZeroDivisionError("a bug")], ["One ", BotError("cut")]]
+)
+def test_reply_that_is_over_does_not_count_for_max_concurrent_replies(make_app, bot, steps):
+    client = create_logged_in_client(make_app(bot, MAX_CONCURRENT_REPLIES=1), "ada")
+    conversation_id = client.create_conversation()
+    bot.steps = steps
+    for _ in range(3):
+        assert client.send_message(conversation_id).status_code != 429
+
+
+def test_reply_ends_as_truncated_after_bot_max_seconds(make_app, bot, gate):
+    client = create_logged_in_client(make_app(bot, BOT_MAX_SECONDS=1), "ada")
+    bot.steps = ["One ", *[lambda: gate.wait(0.05), "more "] * 1200]
+    response = client.send_message(client.create_conversation())
+    assert response.status_code == 201
+    assert response.json[1]["status"] == "truncated"
+    assert response.json[1]["text"].startswith("One more ")
+    wait_until(lambda: bot.closed)
+
+
+def test_reply_without_chunk_returns_504_after_bot_max_seconds(make_app, bot, gate):
+    app = make_app(bot, BOT_MAX_SECONDS=1)
+    client = create_logged_in_client(app, "ada")
+    bot.steps = [gate.wait, "One"]
+    response = client.send_message(client.create_conversation())
+    assert (response.status_code, response.json) == (504, {"error": "The bot took too long to answer"})
+    assert count_messages(app) == 0
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+INVALID_ROWS = {
+    "unknown sender": {"sender": "tool"},
+    "unknown status": {"sender": "bot", "status": "unknown"},
+    "user's message in progress": {"sender": "user", "status": "in_progress", "heartbeat_at": NOW},
+    "user's message that failed": {"sender": "user", "status": "failed"},
+    "in progress without heartbeat": {"sender": "bot", "status": "in_progress"},
+    "complete with heartbeat": {"sender": "bot", "status": "complete", "heartbeat_at": NOW},
+    "stopped with heartbeat": {"sender": "bot", "status": "stopped", "heartbeat_at": NOW},
+    "failed with heartbeat": {"sender": "bot", "status": "failed", "heartbeat_at": NOW},
+    "truncated with heartbeat": {"sender": "bot", "status": "truncated", "heartbeat_at": NOW},
+    "no status": {"sender": "bot", "status": None},
+    "no conversation": {"sender": "bot", "conversation_id": 999},
+}
+
+
+@pytest.mark.parametrize("values", INVALID_ROWS.values(), ids=INVALID_ROWS)
+def test_database_refuses_invalid_message(app, ada, conversation_id, values):
+    values = {"conversation_id": conversation_id, "text": "", "created_at": NOW, "stop_requested": False, **values}
+    with app.app_context(), db.engine.begin() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(Message.__table__).values(**{"status": "complete", **values}))
+
+
+@pytest.mark.parametrize("status", ["in_progress", "complete", "stopped", "failed", "truncated"])
+def test_database_accepts_reply_of_each_status(app, ada, conversation_id, status):
+    heartbeat_at = NOW if status == "in_progress" else None
+    with app.app_context():
+        values = {"conversation_id": conversation_id, "text": "", "heartbeat_at": heartbeat_at}
+        db.session.execute(insert(Message).values(sender="bot", status=status, **values))
+        db.session.commit()
+    assert count_messages(app) == 1

@@ -22,7 +22,6 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
@@ -93,7 +92,8 @@ class Conversation(db.Model):
         if before is not None:
             query = query.where(cls.id < before)
         if cursor is not None:
-            query = query.where(tuple_(cls.updated_at, cls.id) < tuple_(*cursor))
+            position = tuple_(*cursor, types=[cls.updated_at.type, cls.id.type])
+            query = query.where(tuple_(cls.updated_at, cls.id) < position)
         if recent:
             query = query.order_by(cls.updated_at.desc(), cls.id.desc())
         else:
@@ -114,14 +114,18 @@ class Conversation(db.Model):
     @classmethod
     def search_messages(cls, user_id, q, limit, before=None):
         """Return rows of (Message, conversation's name) of the user's messages with a text, the newest first."""
-        query = (
-            select(Message, cls.name)
+        matches = (
+            select(Message.id)
             .join(Message.conversation)
             .where(cls.user_id == user_id, Message.replaces_id.is_(None), contains(Message.text, fold_case(q)))
         )
         if before is not None:
-            query = query.where(Message.id < before)
-        return db.session.execute(query.order_by(Message.id.desc()).limit(limit)).all()
+            matches = matches.where(Message.id < before)
+        # To find the newest first, the database might search the messages of all users.
+        matches = matches.cte().prefix_with("MATERIALIZED")
+        page = select(matches.c.id).order_by(matches.c.id.desc()).limit(limit).subquery()
+        query = select(Message, cls.name).join(Message.conversation).join(page, page.c.id == Message.id)
+        return db.session.execute(query.order_by(Message.id.desc())).all()
 
     def to_dict(self):
         """Return what the API shows of a conversation without its messages."""
@@ -233,7 +237,13 @@ class Exchange:
             return None
         fields = question.to_dict()
         if reply.replaces_id:
-            fields["text"] = Message.get_pending_edit(message.conversation_id, "user").text
+            pending = Message.get_pending_edit(message.conversation_id, "user")
+            if pending is None:  # the edit has been applied or discarded since the reply was read
+                conversation_id, message_id = message.conversation_id, message.id
+                db.session.expire_all()
+                message = Message.get(conversation_id, message_id)
+                return message and cls.get(user_id, message)
+            fields["text"] = pending.text
         return cls(message.conversation_id, user_id, fields, reply.to_dict(), replaces_id=reply.replaces_id)
 
     @classmethod
@@ -256,16 +266,11 @@ class Exchange:
 
         If a message with this idempotency key exists, return its exchange: to be generated again if the reply failed.
         """
-        if key and (existing := cls.get_by_key(conversation_id, user_id, key)):
-            return existing.retry(text, max_history_chars)
         if not touch(conversation_id, user_id):
             return None
-        try:
-            exchange = cls.insert(conversation_id, user_id, text, key=key)
-        except IntegrityError:  # another request with this key was faster
-            db.session.rollback()
-            return cls.get_by_key(conversation_id, user_id, key)
-        return exchange.with_history(text, max_history_chars)
+        if key and (existing := cls.get_by_key(conversation_id, user_id, key)):
+            return existing.retry(text, max_history_chars)
+        return cls.insert(conversation_id, user_id, text, key=key).with_history(text, max_history_chars)
 
     @classmethod
     def edit(cls, question, user_id, text, max_history_chars):
@@ -276,7 +281,7 @@ class Exchange:
 
     @classmethod
     def insert(cls, conversation_id, user_id, text, key=None, replaces_id=None):
-        """Insert the two messages of an exchange. Raises IntegrityError if the key exists."""
+        """Insert the two messages of an exchange; call touch() before."""
         now = datetime.now(UTC)
         values = {"conversation_id": conversation_id, "now": now, "new_text": text, "key": key}
         ids = db.session.scalars(INSERT_EXCHANGE, {**values, "replaces_id": replaces_id})
@@ -290,12 +295,10 @@ class Exchange:
         )
 
     def retry(self, text, max_history_chars):
-        """Restart a failed reply if the text is the same as before; return this exchange."""
+        """Restart a failed reply if the text is the same as before; return this exchange; call touch() before."""
         if self.reply.get("status") != "failed" or text != self.question["text"]:
             return self
-        touch(self.conversation_id, self.user_id)
-        if db.session.execute(RESTART_REPLY, {"reply_id": self.reply["id"]}).rowcount == 0:
-            return self  # another request with the same key was faster
+        db.session.execute(RESTART_REPLY, {"reply_id": self.reply["id"]})
         self.failed_text = self.reply["text"]
         self.reply.update(text="", status="in_progress")
         return self.with_history(text, max_history_chars)

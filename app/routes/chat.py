@@ -322,9 +322,9 @@ def stream_reply(reply, offset=None, headers=()):
 
     The head waits for the first chunk, but not longer than SILENCE_INTERVAL, so that an early failure has a status.
     """
+    db.session.close()  # holds no connection while the bot works
     updates = reply.follow(offset or 0)
     first = list(islice(updates, 1))
-    db.session.close()
     events = generate_events(reply, chain(first, updates), offset)
     return event_stream(stream_with_context(events), dict(headers))
 

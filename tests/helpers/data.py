@@ -1,7 +1,7 @@
 """Rows that would take too many requests, and pages of lists."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from urllib.parse import urljoin
 
 from sqlalchemy import insert
@@ -15,7 +15,14 @@ def add_conversations(app, client, count, messages=0):
     now = datetime.now(UTC)
     with app.app_context():
         statement = insert(Conversation).returning(Conversation.id, sort_by_parameter_order=True)
-        rows = [{"name": f"Conversation {n}", "user_id": client.user_id, "created_at": now} for n in range(count)]
+        rows = [
+            {
+                "name": f"Conversation {n}",
+                "user_id": client.user_id,
+                "created_at": now - timedelta(microseconds=count - n),
+            }
+            for n in range(count)
+        ]
         ids = db.session.scalars(statement, rows).all()
         if messages:
             senders = ["bot" if n % 2 else "user" for n in range(messages)]

@@ -48,8 +48,10 @@ class ModelServer(ThreadingHTTPServer):
     def finish_request(self, request, client_address):
         if self.tls_context and not self.is_proxy:
             request.settimeout(TIMEOUT)
-            request = self.tls_context.wrap_socket(request, server_side=True)
-        super().finish_request(request, client_address)
+            with self.tls_context.wrap_socket(request, server_side=True) as tls_request:
+                super().finish_request(tls_request, client_address)
+        else:
+            super().finish_request(request, client_address)
 
     def handle_error(self, request, client_address):
         """Ignore that a client closed its connection."""
@@ -153,6 +155,11 @@ class Handler(BaseHTTPRequestHandler):
         self.connection = self.server.tls_context.wrap_socket(self.connection, server_side=True)
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", buffering=0)
         self.close_connection = False
+
+    def finish(self):
+        super().finish()
+        if self.server.is_proxy:
+            self.connection.close()
 
     def play(self, steps):
         try:

@@ -61,10 +61,7 @@ def explain_for_postgresql(connection, statement, parameters):
         for node in nodes
         if node["Node Type"] == "Seq Scan" or ("Sort" in node["Node Type"] and node["Plans"][0]["Node Type"] != "Limit")
     ]
-    work = sum(
-        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
-        for node in nodes
-    )
+    work = sum((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in nodes)
     return {node["Index Name"] for node in nodes if "Index Name" in node}, scans, work
 
 

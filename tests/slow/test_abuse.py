@@ -5,14 +5,14 @@ ABUSE_SECONDS sets how long the test lasts.
 
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from itertools import cycle
 from multiprocessing import get_context
 
 import pytest
 
-from tests.helpers.server import PASSWORD, HttpClient, connect, format_head, receive_all, record_measurement
+from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all, record_measurement
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +86,11 @@ def send_incomplete_requests(client, conversation_id):
 
 
 def read_nothing(client, conversation_id):
-    """Ask for long lists on 20 connections and read nothing of them."""
-    connections = [connect(client.connection.port) for _ in range(20)]
-    for connection in connections:
-        connection.sendall(format_head("GET /api/conversations HTTP/1.1", cookie=client.cookie) * 3)
+    """Pipeline small requests on 20 connections, ask for a long list on another, and read nothing of the responses."""
+    connections = [connect(client.connection.port) for _ in range(21)]
+    for connection in connections[1:]:
+        connection.sendall(format_head("GET /api/openapi.json HTTP/1.1") * 50)
+    connections[0].sendall(format_head("GET /api/conversations HTTP/1.1", cookie=client.cookie) * 3)
     time.sleep(5)
     for connection in connections:
         connection.close()
@@ -120,33 +121,43 @@ ABUSES = [
 ]
 
 
-def abuse(func, port, cookie, conversation_id, seconds):
-    """Repeat an abuse for some seconds, in a process of its own that leaves the processor to others."""
+def abuse(func, port, cookie, conversation_id, barrier, rounds):
+    """Repeat an abuse until the process is terminated; it leaves the processor to others. Count the rounds."""
     os.nice(10)
-    deadline = time.monotonic() + seconds
     with HttpClient(port) as client:
-        client.cookie = cookie
-        while time.monotonic() < deadline:
+        barrier.wait(TIMEOUT)
+        while True:
+            client.cookie = cookie  # an abusive login changes it
             with suppress(*LOST_CONNECTION):
                 func(client, conversation_id)
-            client.cookie = cookie
+            rounds.value += 1
 
 
-def start_abuses(server, seconds):
-    """Start all abuses, each with a user of its own that has long messages; return the processes."""
+@contextmanager
+def run_abuses(server):
+    """Run all abuses while the block is executed, each in a process and with a user of its own that has messages.
+
+    Yields shared counters of the rounds by name.
+    """
     context = get_context("spawn")
+    barrier = context.Barrier(len(ABUSES) + 1)
+    rounds = {func.__name__: context.Value("i") for func in ABUSES}
     processes = []
-    for func in ABUSES:
-        username = "mallory" if func is log_in else func.__name__
-        with server.create_logged_in_client(username) as client:
-            conversation_id = client.create_conversation()
-            if func in (search, read_lists, read_nothing):
-                for _ in range(LONG_MESSAGES):
+    try:
+        for func in ABUSES:
+            with server.create_logged_in_client("mallory" if func is log_in else func.__name__) as client:
+                conversation_id = client.create_conversation()
+                for _ in range(LONG_MESSAGES if func in (search, read_lists, read_nothing) else 0):
                     assert client.send_message(conversation_id, "a" * 100_000).status == 201
-            arguments = (func, server.port, client.cookie, conversation_id, seconds)
-        processes.append(context.Process(target=abuse, args=arguments, daemon=True))
-        processes[-1].start()
-    return processes
+            arguments = (func, server.port, client.cookie, conversation_id, barrier, rounds[func.__name__])
+            processes.append(context.Process(target=abuse, args=arguments, daemon=True))
+            processes[-1].start()
+        barrier.wait(TIMEOUT)
+        yield rounds
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def behave_well(client, seconds):
@@ -175,14 +186,11 @@ def get_percentile(values, percent):
 def test_abusive_clients_do_not_slow_down_others(serve):
     server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
     workers = server.all_workers()
-    with server.create_logged_in_client("ada") as client:
-        processes = start_abuses(server, ABUSE_SECONDS)
-        try:
-            latencies = behave_well(client, ABUSE_SECONDS)
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
+    with server.create_logged_in_client("ada") as client, run_abuses(server) as rounds:
+        latencies = behave_well(client, ABUSE_SECONDS)
+    for name, counter in rounds.items():
+        record_measurement(f"{name}: rounds", counter.value)
+        assert counter.value
     for name, values in latencies.items():
         for percent in (50, 99):
             record_measurement(f"{name}: seconds at percentile {percent}", get_percentile(values, percent))

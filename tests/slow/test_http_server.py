@@ -83,6 +83,14 @@ def test_malformed_request_returns_json_error(server, data, status):
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_malformed_request_with_unread_data_is_not_reset(server):
+    with connect(server.port) as connection:
+        connection.sendall(b"GET / HTTP/9.9\r\n\r\n" + b"x" * 50_000)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):  # a reset, which may discard the response, would raise ConnectionResetError
+            pass
+
+
 @pytest.mark.parametrize("name", ["Content-Security-Policy", "Referrer-Policy", "Cross-Origin-Resource-Policy"])
 def test_malformed_request_returns_security_headers_of_application(server, name):
     response = exchange(connect(server.port), b"GET / HTTP/9.9\r\n\r\n")
@@ -161,6 +169,22 @@ def test_incomplete_body_changes_nothing(server, framing):
         data = head + (body if framing == "length" else b"%x\r\n%s\r\n" % (len(body), body))
         assert exchange(connect(server.port), data).status == 400
         assert client.get("/api/conversations").json == []
+
+
+def test_client_that_pipelines_delays_no_other_clients(folder):
+    server = Server(DATABASE_URL=f"sqlite:///{folder / 'pipelining.db'}", WEB_CONCURRENCY=1)
+    try:
+        with server.client() as client, connect(server.port) as connection:
+            assert client.get("/api/unknown").status == 404  # the worker is ready
+            for request_id, count in (("the-first-one", 1), ("one-of-many", 1998), ("the-last-one", 1)):
+                connection.sendall(format_head("GET /api/unknown HTTP/1.1", f"X-Request-ID: {request_id}") * count)
+            server.wait_for("the-first-one")
+            assert client.get("/api/unknown", X_Request_ID="the-other-client").status == 404
+            server.wait_for("the-last-one")
+        server.wait_for("the-other-client")
+        assert server.output.index("the-other-client") < server.output.index("the-last-one")
+    finally:
+        server.kill()
 
 
 def test_client_that_expects_100_continue_receives_it(server):

@@ -5,12 +5,14 @@ The grace period takes seconds, so all servers run at once, each in a thread, an
 
 import os
 import signal
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
-from tests.helpers.server import TIMEOUT, Server, measure, run_all, wait_until
+from tests.helpers.server import TIMEOUT, Server, connect, format_head, measure, run_all, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +68,19 @@ def quit_quickly(url):
 
 
 def press_control_c(url):
-    return end_without_connections(url, lambda server: os.killpg(server.process.pid, signal.SIGINT))
+    """End a server as an impatient user at a terminal does, which sends SIGINT to the master and its workers.
+
+    Another program locks the database for a moment, so that the replies cannot be stored before the second signal.
+    """
+
+    def press_repeatedly(server):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for _ in range(10):
+                os.killpg(server.process.pid, signal.SIGINT)
+                time.sleep(0.1)
+
+    return end_without_connections(url, press_repeatedly)
 
 
 def terminate_with_connections(url):
@@ -97,12 +111,25 @@ def terminate_with_connections(url):
         server.kill()
 
 
+def terminate_with_incomplete_request(url):
+    """Terminate a server while a client sends a body slowly; return the exit status and what the server printed."""
+    server = Server(DATABASE_URL=url, **SETTINGS)
+    try:
+        with server.client() as client, connect(server.port) as connection:
+            assert client.get("/api/test").status == 200  # the worker is ready
+            connection.sendall(format_head("POST /api/login HTTP/1.1", "Content-Length: 100") + b"{")
+            time.sleep(0.5)
+            return server.terminate(), server.output
+    finally:
+        server.kill()
+
+
 def terminate_while_hashing(url):
-    """Terminate a server that hashes a password for seconds; return the response and the exit status."""
-    server = Server(DATABASE_URL=url, **SETTINGS | {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:4000000"})
+    """Terminate a server while it hashes a password; return the response and the exit status."""
+    server = Server(DATABASE_URL=url, **SETTINGS | {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:2000000"})
 
     def terminate_server():
-        time.sleep(1)
+        time.sleep(0.3)
         return server.terminate()
 
     try:
@@ -145,6 +172,7 @@ SERVERS = [
     quit_quickly,
     press_control_c,
     terminate_with_connections,
+    terminate_with_incomplete_request,
     terminate_while_hashing,
     reload,
     exceed_max_requests,
@@ -205,6 +233,13 @@ def test_sigterm_lets_other_requests_finish(outcomes):
     response, status = outcomes[terminate_while_hashing].result(WAIT)
     assert status == 0
     assert response.status == 201
+
+
+def test_sigterm_closes_connection_of_incomplete_request(outcomes):
+    status, output = outcomes[terminate_with_incomplete_request].result(WAIT)
+    assert status == 0
+    assert "Worker exiting" in output  # rather than killed by the master
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("func", [reload, exceed_max_requests])

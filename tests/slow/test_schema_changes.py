@@ -1,0 +1,143 @@
+"""Changing a model in a copy of the project, by `flask db migrate` and `flask db upgrade`, with rows."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import CHEAP_HASH, PASSWORD, create_logged_in_client, migrate
+from tests.helpers.data import execute
+from tests.helpers.server import ROOT, TIMEOUT
+
+LOGIN = f"""
+import json
+from app import create_app, db
+
+app = create_app()
+client = app.test_client()
+assert client.post("/api/login", json={{"username": "ada", "password": "{PASSWORD}"}}).status_code == 200
+"""
+CALL_API = """
+results = [
+    client.get("/api/conversations").json[0],
+    client.get("/api/conversations?limit=1").json[0],
+    client.get("/api/conversations/1").json,
+    client.post("/api/conversations", json={"name": "New"}).json,
+    client.put("/api/conversations/1", json={"name": "Renamed"}).json,
+]
+assert client.post("/api/conversations/1/messages", json={"text": "Hello"}).status_code == 201
+assert client.post("/api/signup", json={"username": "é" * 80, "password": "x"}).status_code == 201
+print(json.dumps(results))
+"""
+CHANGE_TOPIC = """
+headers = {"If-None-Match": client.get("/api/conversations").headers["ETag"]}
+assert client.get("/api/conversations", headers=headers).status_code == 304
+with app.app_context():
+    db.session.execute(db.text("UPDATE conversation SET topic = 'tea' WHERE id = 1"))
+    db.session.commit()
+print(json.dumps(client.get("/api/conversations", headers=headers).json))
+"""
+
+
+class Project:
+    """A copy of the project that uses a database."""
+
+    def __init__(self, folder, database):
+        for name in ("app", "migrations"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("config.py", "run.py"):
+            shutil.copy(ROOT / name, folder)
+        self.folder = folder
+        self.environ = {**os.environ, "DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH}
+        self.environ["SESSIONS_VALID_FROM"] = "2026-01-01T00:00:00Z"
+
+    def replace(self, path, old, new):
+        """Replace a text that occurs once in a file."""
+        text = (self.folder / path).read_text()
+        assert text.count(old) == 1, (path, old)
+        (self.folder / path).write_text(text.replace(old, new))
+
+    def run_python(self, *arguments):
+        """Run Python in the copy and return what it prints."""
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.folder,
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def migrate(self):
+        """Create a migration of what was changed in the models, and apply it; return its text."""
+        before = set(self.folder.glob("migrations/versions/*.py"))
+        self.run_python("-m", "flask", "db", "migrate", "-m", "change")
+        [migration] = set(self.folder.glob("migrations/versions/*.py")) - before
+        self.run_python("-m", "flask", "db", "upgrade")
+        self.run_python("-m", "flask", "db", "check")
+        return migration.read_text()
+
+    def run_logged_in(self, script):
+        """Run a script in the copy that has an `app` and a `client` with the session of ada; return what it prints."""
+        return json.loads(self.run_python("-c", LOGIN + script))
+
+
+@pytest.fixture
+def database(empty_database):
+    """The URL of a database of its own for each test, because the tests change the schema."""
+    migrate(empty_database)
+    return empty_database
+
+
+@pytest.fixture
+def project(tmp_path, database):
+    (tmp_path / "project").mkdir()
+    return Project(tmp_path / "project", database)
+
+
+@pytest.fixture
+def rows(app, ada):
+    """Rows in each table."""
+    ada.send_message(ada.create_conversation("Old"))
+
+
+def test_column_added_to_conversation_and_its_dict_is_shown_everywhere(app, rows, project):
+    project.replace(
+        "app/models/conversation.py",
+        "    name: Mapped[str] = mapped_column(String(255))\n",
+        "    name: Mapped[str] = mapped_column(String(255))\n"
+        '    topic: Mapped[str] = mapped_column(String(20), default="none", server_default="none")\n',
+    )
+    project.replace(
+        "app/models/conversation.py",
+        '{"id": self.id, "name": self.name}',
+        '{"id": self.id, "name": self.name, "topic": self.topic}',
+    )
+    assert "topic" in project.migrate()
+    assert [result["topic"] for result in project.run_logged_in(CALL_API)] == ["none"] * 5
+    assert [result["topic"] for result in project.run_logged_in(CHANGE_TOPIC)] == ["tea", "none"]
+
+
+def test_user_table_can_be_widened_and_lose_a_column(app, ada, rows, project):
+    create_logged_in_client(app, "bob").delete("/api/account", json={"password": PASSWORD})
+    project.replace(
+        "app/models/user.py",
+        "username: Mapped[str] = mapped_column(String(80)",
+        "username: Mapped[str] = mapped_column(String(200)",
+    )
+    project.replace("app/models/user.py", "    last_logout: Mapped[datetime | None]\n", "")
+    project.replace("app/models/user.py", "            last_logout=datetime.now(UTC),\n", "")
+    project.replace("app/models/user.py", "            last_logout=iso8601(cls.last_logout),\n", "")
+    before = execute(app, 'SELECT user_id, username, password_hash, session_token FROM "user"')
+    migration = project.migrate()
+    assert "drop_column('last_logout')" in migration
+    assert "length=200" in migration
+    assert execute(app, 'SELECT user_id, username, password_hash, session_token FROM "user"') == before
+    project.run_logged_in(CALL_API)
+    users = execute(app, 'SELECT id, user_id FROM "user" ORDER BY id')
+    assert users == [(1, 1), (3, 3)]  # 2 was bob

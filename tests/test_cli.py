@@ -1,0 +1,133 @@
+"""`flask demo` and `flask users`, and how they report that the database cannot be used."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import CHEAP_HASH, PASSWORD, create_logged_in_client
+from tests.helpers.server import ROOT, TIMEOUT, find_free_port
+
+TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+DEMO_EXISTS = (1, [], ["Error: the demo's users exist already"])
+
+
+def run_flask(*arguments, url):
+    """Run `python -m flask`; return its exit status and the lines of its output and of its errors."""
+    result = subprocess.run(
+        [sys.executable, "-m", "flask", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    return result.returncode, result.stdout.splitlines(), result.stderr.splitlines()
+
+
+def invoke(app, command):
+    """Run a command in this process; return the same as run_flask()."""
+    result = app.test_cli_runner().invoke(args=[command])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout.splitlines(), result.stderr.splitlines()
+
+
+def list_usernames(app):
+    status, lines, errors = invoke(app, "users")
+    assert (status, errors) == (0, [])
+    return [line.split()[-1] for line in lines]
+
+
+def test_demo_adds_users_with_conversations_in_every_status(app):
+    status, [line], errors = invoke(app, "demo")
+    assert (status, errors) == (0, [])
+    usernames, password = re.fullmatch("Log in as (.+); the password is: (.+)", line).groups()
+    conversations = []
+    for username in usernames.split(", "):
+        client = app.test_client()
+        assert client.login(username, password).status_code == 200
+        conversations += client.list_conversations()
+    assert [] in [conversation["messages"] for conversation in conversations]
+    for conversation in conversations:
+        senders = [message["sender"] for message in conversation["messages"]]
+        assert senders == ["user", "bot"] * (len(senders) // 2)
+    statuses = {message.get("status") for conversation in conversations for message in conversation["messages"]}
+    assert statuses == {None, "failed", "stopped", "truncated"}
+
+
+def test_demo_conversation_can_be_continued(app, client):
+    invoke(app, "demo")
+    client.login("charles", "demo password")
+    [conversation, *_] = client.list_conversations()
+    exchange = client.send_message(conversation["id"], "Is it still you?").json
+    assert client.list_messages(conversation["id"]) == conversation["messages"] + exchange
+
+
+def test_second_demo_returns_1_and_adds_nothing(app, client):
+    invoke(app, "demo")
+    usernames = list_usernames(app)
+    client.login("charles", "demo password")
+    conversations = client.list_conversations()
+    assert invoke(app, "demo") == DEMO_EXISTS
+    assert client.list_conversations() == conversations
+    assert list_usernames(app) == usernames
+
+
+def test_demo_with_an_existing_username_returns_1_and_adds_nothing(app, client):
+    client.signup("barbara")
+    assert invoke(app, "demo") == DEMO_EXISTS
+    assert list_usernames(app) == ["barbara"]
+    assert client.login("barbara", PASSWORD).status_code == 200
+    assert client.list_conversations() == []
+
+
+def test_users_lists_each_user_with_status_and_last_login(app, client):
+    client.signup("never there")
+    create_logged_in_client(app, "here")
+    create_logged_in_client(app, "gone").logout()
+    status, lines, errors = invoke(app, "users")
+    assert (status, errors) == (0, [])
+    patterns = ["1 +Offline +never +never there", f"2 +Online +{TIMESTAMP} +here", f"3 +Offline +{TIMESTAMP} +gone"]
+    for pattern, line in zip(patterns, lines, strict=True):
+        assert re.fullmatch(f" *{pattern}", line)
+    assert len({re.search(r"\S+( there)?$", line).start() for line in lines}) == 1  # the names are aligned
+
+
+def test_users_without_users_prints_nothing(app):
+    assert invoke(app, "users") == (0, [], [])
+
+
+def test_users_in_another_process_shows_who_is_online(app, database):
+    create_logged_in_client(app, "here")
+    create_logged_in_client(app, "gone").logout()
+    status, lines, errors = run_flask("users", url=database)
+    assert (status, errors) == (0, [])
+    assert [(line.split()[1], line.split()[-1]) for line in lines] == [("Online", "here"), ("Offline", "gone")]
+
+
+def test_flask_command_has_demo_and_users(database):
+    status, [line], errors = run_flask("demo", url=database)
+    assert (status, errors) == (0, [])
+    assert line.startswith("Log in as charles")
+    status, lines, errors = run_flask("users", url=database)
+    assert (status, errors) == (0, [])
+    expected = [[str(n), "Offline", "never", name] for n, name in enumerate(("charles", "alan", "barbara"), 1)]
+    assert [line.split() for line in lines] == expected
+
+
+@pytest.mark.parametrize("command", ["demo", "users"])
+def test_command_without_tables_prints_one_line_that_says_what_to_run(empty_database, command):
+    status, lines, [error] = run_flask(command, url=empty_database)
+    assert (status, lines) == (1, [])
+    assert error.startswith("Error: The database lacks its tables: run python -m flask db upgrade")
+
+
+@pytest.mark.parametrize("command", ["demo", "users"])
+def test_command_without_database_server_prints_one_line_without_the_password(command):
+    url = f"postgresql://chat:hidden@127.0.0.1:{find_free_port()}/chat"
+    status, lines, [error] = run_flask(command, url=url)
+    assert (status, lines) == (1, [])
+    assert error.startswith("Error: The database is unavailable")
+    assert "hidden" not in error

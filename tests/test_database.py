@@ -1,0 +1,270 @@
+"""Column types and SQL functions on both databases, connections, locks, and reads in autocommit mode."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import unicodedata
+from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime, timedelta, timezone
+from threading import Timer
+
+import pytest
+from sqlalchemy import func, literal, select
+from sqlalchemy.engine import make_url
+
+from app import create_app, db
+from app.database import (
+    UTCDateTime,
+    autocommit,
+    contains,
+    fold_case,
+    format_timestamp,
+    iso8601,
+    json_array,
+    json_object,
+    utcnow,
+)
+from app.models import Message
+from tests.conftest import DATABASES, create_logged_in_client
+from tests.helpers.data import add_conversations, execute
+from tests.helpers.server import ROOT, TIMEOUT, measure, run_in_background
+
+SQLITE, POSTGRESQL = ([value] for value in DATABASES)
+on_sqlite = pytest.mark.parametrize("database", SQLITE, indirect=True)
+on_postgresql = pytest.mark.parametrize("database", POSTGRESQL, indirect=True)
+TIMESTAMPS = [
+    datetime(2026, 1, 31, 12, 0, 0, 0, UTC),
+    datetime(2026, 12, 31, 23, 59, 59, 999999, UTC),
+    datetime(2026, 1, 1, 1, 30, 0, 5, timezone(timedelta(hours=5, minutes=45))),
+    datetime(1, 1, 1, tzinfo=UTC),
+    datetime(9999, 12, 31, 23, 59, 59, 1, tzinfo=UTC),
+]
+UNUSUAL_TEXTS = [
+    *("", " ", "é✓", "e\u0301", "😀👩‍👩‍👧", '"', "\\", '\\"', "\\u0041", "'", "%s :a", "{}", "null", "</script>"),
+    *("\x01", "\b\f\n\r\t\v", "\x7f\x80\x9f", "\u2028\u2029", "\ufeff", "\ufffe\uffff", "\U0010ffff"),
+]
+UNASSIGNED = ("Cn", "Co", "Cs")  # categories of code points that are no characters, or none yet
+PAUSE = 0.3  # seconds that a lock is held
+WAIT_IN_A_GREENLET = """
+from gevent import monkey, sleep, spawn
+
+monkey.patch_all()
+
+import json, sqlite3, sys
+from app import create_app
+
+app = create_app()
+with sqlite3.connect(sys.argv[1], isolation_level=None) as other:
+    other.execute("BEGIN IMMEDIATE")
+    body = {"username": "ada", "password": "correct horse"}
+    writer = spawn(app.test_client().post, "/api/signup", json=body)
+    reads = []
+    for _ in range(20):
+        reads.append(app.test_client().get("/api/users/status").status_code)
+        sleep(0.02)
+    is_waiting = not writer.ready()
+    other.execute("COMMIT")
+    writer.join(60)
+print(json.dumps([reads, is_waiting, writer.value.status_code]))
+"""
+
+
+def evaluate(app, *expressions):
+    """Return the values that the database computes for SQL expressions."""
+    with app.app_context():
+        return db.session.execute(select(*expressions)).one()
+
+
+# Types and functions
+
+
+@pytest.mark.parametrize("timestamp", TIMESTAMPS, ids=str)
+def test_timestamp_is_returned_in_utc_and_as_the_api_shows_it(app, timestamp):
+    value, text = evaluate(app, literal(timestamp, UTCDateTime()), iso8601(literal(timestamp, UTCDateTime())))
+    assert value == timestamp
+    assert value.tzinfo == UTC
+    assert text == format_timestamp(timestamp.astimezone(UTC))
+    assert datetime.fromisoformat(text) == timestamp
+
+
+def test_timestamp_that_is_none_stays_none(app):
+    none = literal(None, UTCDateTime())
+    assert tuple(evaluate(app, none, iso8601(none))) == (None, None)
+
+
+@pytest.mark.parametrize("seconds", [0, -30, 90])
+def test_utcnow_is_the_current_time_plus_seconds(app, seconds):
+    [value] = evaluate(app, utcnow(seconds))
+    assert value.tzinfo == UTC
+    assert abs(datetime.now(UTC) + timedelta(seconds=seconds) - value) < timedelta(seconds=TIMEOUT)
+    earlier, later = evaluate(app, utcnow(seconds) < utcnow(seconds + 3600), utcnow(seconds) < utcnow(seconds - 3600))
+    assert (bool(earlier), bool(later)) == (True, False)
+
+
+@on_sqlite
+def test_sqlite_stores_timestamps_as_the_api_shows_them(app, ada, database):
+    messages = ada.send_message(ada.create_conversation()).json
+    ada.logout()
+    with closing(sqlite3.connect(make_url(database).database)) as connection:
+        user = connection.execute('SELECT last_login, last_logout FROM "user"').fetchone()
+        created_at = connection.execute("SELECT created_at FROM message").fetchall()
+    [status] = app.test_client().get("/api/users/status").json["users"]
+    assert user == (status["last_login"], status["last_logout"])
+    assert created_at == [(message["created_at"],) for message in messages]
+
+
+@pytest.mark.parametrize("text", UNUSUAL_TEXTS)
+def test_json_object_is_json_of_the_values(app, text):
+    items = {"text": literal(text), "none": literal(None, Message.text.type), "id": literal(2**63 - 1, Message.id.type)}
+    [result] = evaluate(app, json_object(**items))
+    assert json.loads(result) == {"text": text, "none": None, "id": 2**63 - 1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_json_array_has_all_rows_in_order(app, ada, count):
+    [id] = add_conversations(app, ada, 1, messages=count)
+    with app.app_context():
+        page = Message.select_page(id).subquery()
+        result = db.session.scalar(select(json_array(page.c.json)))
+    assert [message["text"] for message in json.loads(result)] == [f"Text {n}" for n in range(count)]
+
+
+@pytest.mark.parametrize("context", ["{}", "a{}", "{}a", "a{} b", "{}\u0301"])
+def test_every_character_is_folded_alike_by_python_and_the_database(app, context):
+    assigned = [chr(number) for number in range(1, 0x110000) if unicodedata.category(chr(number)) not in UNASSIGNED]
+    for start in range(0, len(assigned), 20_000):
+        texts = [context.format(character) for character in assigned[start : start + 20_000]]
+        # Between two other characters the folded text must be found exactly.
+        folded = "|".join(fold_case(text) for text in texts)
+        [is_equal] = evaluate(app, contains(literal(f"-{'|'.join(texts)}-"), f"-{folded}-"))
+        assert is_equal, f"between U+{ord(assigned[start]):04X} and {start + 20_000} characters later"
+
+
+@pytest.mark.parametrize(
+    ("text", "q", "is_found"),
+    [
+        ("Straße", "STRASSE", True),
+        ("ΟΔΟΣ", "οδος", True),
+        ("οδος", "ΟΔΟΣ", True),
+        ("İ", "i\u0307", True),
+        ("ǅ", "ǆ", True),
+        ("ﬀ", "FF", True),
+        ("Å", "a\u030a", True),
+        ("Å", "a", False),
+        ("K", "k", True),
+        ("_", "a", False),
+        ("%", "", True),
+    ],
+)
+def test_contains_ignores_case_and_normal_form(app, text, q, is_found):
+    assert [bool(value) for value in evaluate(app, contains(literal(text), fold_case(q)))] == [is_found]
+
+
+# Connections
+
+
+@on_sqlite
+def test_connections_to_sqlite_are_durable_and_strict_and_do_not_wait(app):
+    pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+    with app.app_context(), ExitStack() as stack:
+        for connection in [stack.enter_context(autocommit(db.engine).connect()) for _ in range(3)]:
+            values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
+            assert values == ["wal", 2, 1, 0]  # 2 is FULL
+
+
+POSTGRESQL_OPTIONS = {
+    "TimeZone": ("Asia/Kathmandu", "UTC"),
+    "DateStyle": ("SQL,DMY", "ISO, DMY"),
+    "client_encoding": ("LATIN1", "UTF8"),
+    "default_transaction_isolation": ("serializable", "read committed"),
+    "statement_timeout": ("0", "10s"),
+}
+
+
+@on_postgresql
+def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app, database):
+    options = "%20".join(f"-c%20{name}%3D{value}" for name, (value, _) in POSTGRESQL_OPTIONS.items())
+    settings = {"SECRET_KEY": "k" * 32, "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
+    app = make_app(DATABASE_URL=f"{database}?options={options}", **settings)
+    for name, (_, expected) in POSTGRESQL_OPTIONS.items():
+        assert execute(app, f"SHOW {name}") == [(expected,)]
+    ada = create_logged_in_client(app, "ada")
+    messages = ada.send_message(ada.create_conversation(), "é ✓").json
+    users = ada.get("/api/users/status").json
+    for timestamp in (users["users"][0]["last_login"], messages[0]["created_at"]):
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(timestamp)) < timedelta(seconds=TIMEOUT)
+
+    client = make_app(**settings).test_client()
+    assert client.get("/api/users/status").json == users
+    client.login("ada")
+    assert client.list_messages(1) == messages
+
+
+@on_postgresql
+@pytest.mark.parametrize(("method", "is_transaction"), [("GET", False), ("HEAD", False), ("POST", True)])
+def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
+    with app.test_request_context(method=method):
+        first, second = (db.session.scalar(select(func.now())) for _ in range(2))
+    assert (first == second) == is_transaction  # now() is the time at which a transaction began
+
+
+# Locks
+
+
+@contextmanager
+def lock_sqlite(url):
+    """Hold SQLite's write lock as another program may do; yield a function that releases it."""
+    with closing(sqlite3.connect(make_url(url).database, check_same_thread=False, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield lambda: connection.execute("COMMIT")
+
+
+@on_sqlite
+def test_reads_go_on_while_another_program_writes_and_writes_wait(ada, database):
+    with lock_sqlite(database) as release, run_in_background(ada.create_conversation) as [creation]:
+        for path in ("/api/test", "/api/health", "/api/current_user", "/api/conversations", "/api/users/status"):
+            assert ada.get(path).status_code == 200
+        assert not creation.done()
+        release()
+        assert creation.result(TIMEOUT) == 1
+    assert len(ada.list_conversations()) == 1
+
+
+@on_sqlite
+def test_write_returns_503_if_another_program_does_not_end_its_own(ada, database, monkeypatch):
+    monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", PAUSE)
+    with lock_sqlite(database):
+        seconds, response = measure(ada.post, "/api/conversations", json={"name": "Tea"})
+    assert response.status_code == 503
+    assert response.json == {"error": "The database is unavailable, try again later"}
+    assert int(response.headers["Retry-After"]) > 0
+    assert PAUSE <= seconds < TIMEOUT
+    assert ada.create_conversation() == 1
+
+
+@on_sqlite
+def test_waiting_for_another_program_lets_other_greenlets_run(database):
+    result = subprocess.run(
+        [sys.executable, "-c", WAIT_IN_A_GREENLET, make_url(database).database],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": database},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [[200] * 20, True, 201]
+
+
+def test_new_sqlite_file_is_opened_after_another_program_has_written_to_it(tmp_path):
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    app = create_app({"DATABASE_URL": url})
+    with lock_sqlite(url) as release:
+        timer = Timer(PAUSE, release)
+        timer.start()
+        assert execute(app, "PRAGMA journal_mode") == [("wal",)]
+        timer.join()
+    with app.app_context():
+        db.engine.dispose()

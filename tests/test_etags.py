@@ -1,0 +1,184 @@
+"""Conditional requests: 304 for what a client has, and a new ETag for whatever changed."""
+
+import re
+
+import pytest
+
+from tests.conftest import create_logged_in_client, echo
+from tests.helpers.data import add_conversations, execute, get_ids
+
+ORIGIN = "http://localhost:3000"
+KEPT_HEADERS = ("ETag", "Cache-Control", "Vary", "Access-Control-Allow-Origin", "Access-Control-Expose-Headers")
+MESSAGE_PATHS = ["/api/conversations/1/messages/1", "/api/conversations/1/messages/2"]
+CONVERSATION_PATHS = [
+    "/api/conversations/1",
+    "/api/conversations/1?messages=1",
+    "/api/conversations/1/messages",
+    "/api/conversations/1/messages?limit=1",
+    *MESSAGE_PATHS,
+]
+LIST_PATHS = [
+    "/api/conversations",
+    "/api/conversations?messages=0",
+    "/api/conversations?limit=5",
+    "/api/conversations?limit=5&order=recent",
+    "/api/conversations?q=t",
+]
+PRIVATE_PATHS = [*LIST_PATHS, *CONVERSATION_PATHS, "/api/messages?q=t", "/api/messages?q=t&limit=1"]
+PATHS = [*PRIVATE_PATHS, "/api/conversations?limit=1&messages=1", "/api/users/status", "/api/users/status?limit=1"]
+
+
+def get_answer(response):
+    return response.status_code, response.json
+
+
+def get_if_changed(client, path, etag, **headers):
+    return client.get(path, headers={"If-None-Match": etag, **headers})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_unchanged_response_is_304_if_the_client_has_its_etag(app, ada, path):
+    add_conversations(app, ada, 2, messages=2)
+    ada.signup("bob")
+    first = ada.get(path, headers={"Origin": ORIGIN})
+    etag = first.headers["ETag"]
+    assert re.fullmatch('"[0-9a-f]+"', etag)
+    for condition in (etag, f"W/{etag}", f'"a", W/"b",{etag}', "*"):
+        again = get_if_changed(ada, path, condition, Origin=ORIGIN)
+        assert (again.status_code, again.data) == (304, b"")
+        assert [again.headers.get(name) for name in KEPT_HEADERS] == [first.headers.get(name) for name in KEPT_HEADERS]
+        assert again.headers.get("Link") in (None, first.headers.get("Link"))
+    for condition in ('"a"', f'"{etag[1:-2]}"', 'W/"a", "b"', "nonsense", ""):
+        again = get_if_changed(ada, path, condition)
+        assert (again.status_code, again.data) == (200, first.data)
+
+
+@pytest.mark.parametrize("path", ["/api/conversations", "/api/conversations?limit=100", "/api/conversations/1"])
+def test_unchanged_list_is_304_without_reading_a_message(app, ada, path):
+    add_conversations(app, ada, 3, messages=2)
+    etag = ada.get(path).headers["ETag"]
+    execute(app, "ALTER TABLE message RENAME TO hidden_message")
+    try:
+        assert ada.get(path).status_code == 503
+        assert get_if_changed(ada, path, etag).status_code == 304
+    finally:
+        execute(app, "ALTER TABLE hidden_message RENAME TO message")
+
+
+CONVERSATION_CHANGES = {
+    "rename": lambda client: client.put("/api/conversations/1", json={"name": "Renamed"}),
+    "send": lambda client: client.send_message(1, "Tea"),
+    "edit": lambda client: client.edit_message(1, 1, "Tea"),
+    "regenerate": lambda client: client.edit_message(1, 1, "Text 0"),
+}
+LIST_CHANGES = {
+    **CONVERSATION_CHANGES,
+    "create": lambda client: client.post("/api/conversations", json={"name": "Another"}),
+    "delete": lambda client: client.delete("/api/conversations/1"),
+    "delete another": lambda client: client.delete("/api/conversations/2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        *((path, change) for path in LIST_PATHS for change in LIST_CHANGES),
+        *((path, change) for path in CONVERSATION_PATHS[:4] for change in CONVERSATION_CHANGES),
+    ],
+)
+def test_change_makes_a_new_etag(make_app, path, change):
+    app = make_app(bot=echo)
+    ada = create_logged_in_client(app, "ada")
+    add_conversations(app, ada, 2, messages=2)
+    before = ada.get(path)
+    assert LIST_CHANGES[change](ada).status_code < 300
+    after = get_if_changed(ada, path, before.headers["ETag"])
+    assert after.status_code == 200
+    assert after.headers["ETag"] != before.headers["ETag"]
+    assert after.data == ada.get(path).data
+    assert get_if_changed(ada, path, after.headers["ETag"]).status_code == 304
+
+
+def test_edited_message_has_a_new_etag(make_app):
+    app = make_app(bot=echo)
+    ada = create_logged_in_client(app, "ada")
+    add_conversations(app, ada, 1, messages=2)
+    etag = ada.get_message(1, 1).headers["ETag"]
+    ada.edit_message(1, 1, "Tea")
+    after = get_if_changed(ada, MESSAGE_PATHS[0], etag)
+    assert (after.status_code, after.json["text"]) == (200, "Tea")
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/api/messages?q=tea", lambda client: client.send_message(1, "Tea")),
+        ("/api/messages?q=text", lambda client: client.put("/api/conversations/1", json={"name": "Renamed"})),
+        ("/api/messages?q=text", lambda client: client.delete("/api/conversations/1")),
+        ("/api/conversations?q=tea", lambda client: client.send_message(1, "Tea")),
+        ("/api/users/status", lambda client: client.signup("bob")),
+        ("/api/users/status", lambda client: client.login("ada")),
+        ("/api/users/status", lambda client: client.logout()),
+    ],
+)
+def test_change_of_a_search_or_a_status_makes_a_new_etag(app, ada, client, path, change):
+    add_conversations(app, ada, 1, messages=2)
+    reader = client if "status" in path else ada
+    before = reader.get(path)
+    assert change(ada).status_code < 300
+    after = get_if_changed(reader, path, before.headers["ETag"])
+    assert after.status_code == 200
+    assert after.json != before.json
+    assert after.headers["ETag"] != before.headers["ETag"]
+
+
+def test_change_elsewhere_keeps_the_etag(app, ada, bob):
+    add_conversations(app, ada, 2, messages=2)
+    paths = ["/api/conversations?before=2&limit=1", "/api/users/status", *CONVERSATION_PATHS]
+    etags = {path: ada.get(path).headers["ETag"] for path in paths}
+    ada.send_message(2)
+    bob.send_message(bob.create_conversation())
+    assert {path: get_if_changed(ada, path, etag).status_code for path, etag in etags.items()} == dict.fromkeys(
+        paths, 304
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_shared_cache_may_keep_a_response(app, ada, path):
+    add_conversations(app, ada, 2, messages=2)
+    first = ada.get(path)
+    for response in (first, get_if_changed(ada, path, first.headers["ETag"])):
+        assert set(response.headers["Cache-Control"].split(", ")) == {"private", "no-cache"}
+        assert {"Cookie", "Origin"} <= set(response.headers["Vary"].split(", "))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/conversations?limit=0", 400),
+        ("/api/users/status?limit=0", 400),
+        ("/api/messages", 400),
+        ("/api/conversations/9", 404),
+        ("/api/conversations/1/messages/9", 404),
+    ],
+)
+def test_error_has_no_etag_and_may_not_be_kept(app, ada, path, status):
+    add_conversations(app, ada, 1)
+    response = get_if_changed(ada, path, "*")
+    assert response.status_code == status
+    assert response.headers["Cache-Control"] == "no-store"
+    assert "ETag" not in response.headers
+
+
+def test_etag_of_another_user_is_not_accepted(app, ada, bob):
+    for client in (ada, bob):
+        add_conversations(app, client, 1, messages=2)
+    etag = bob.get("/api/conversations").headers["ETag"]
+    assert get_ids(get_if_changed(ada, "/api/conversations", etag).json) == [1]
+
+
+@pytest.mark.parametrize("path", PRIVATE_PATHS)
+def test_etag_without_a_session_returns_401(app, ada, client, path):
+    add_conversations(app, ada, 1, messages=2)
+    for condition in (ada.get(path).headers["ETag"], "*"):
+        assert get_answer(get_if_changed(client, path, condition)) == (401, {"error": "Login required"})

@@ -1,0 +1,227 @@
+"""Searching conversations and messages."""
+
+import pytest
+
+from tests.conftest import create_logged_in_client, echo
+from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
+
+TEXTS_WITH_MATCH = [  # text, q, what q matches
+    ("Grüße aus Österreich", "ÖSTER", "Öster"),
+    ("GRÜSSE AUS ÖSTERREICH", "ö", "Ö"),
+    ("Viele Grüße", "GRÜSSE", "Grüße"),
+    ("Viele GRÜSSE", "grüße", "GRÜSSE"),
+    ("aßb", "sb", "ßb"),
+    ("ßßß end", "END", "end"),
+    ("ﬁrst ŉ two", "two", "two"),
+    ("Красное ЯБЛОКО", "яблоко", "ЯБЛОКО"),
+    ("яблоко", "Я", "я"),
+    ("Ελλάδα", "ΕΛΛΆΔΑ", "Ελλάδα"),
+    ("Ὀδυσσεύς", "ΎΣ", "ύς"),
+    ("ὈΔΥΣΣΕΎΣ ΕΊΜΙ", "σεύς εί", "ΣΕΎΣ ΕΊ"),
+    ("İstanbul", "i\u0307stan", "İstan"),
+    ("in İstanbul", "STANBUL", "stanbul"),
+    ("Cafe\u0301 au lait", "CAFÉ", "Café"),
+    ("e\u0301 e\u0301 then", "THEN", "then"),
+    ("Café", "cafe\u0301", "Café"),
+    ("한국어", "\u1112\u1161\u11ab", "한"),
+    ("😀👩‍👩‍👧 family", "👩‍👧", "👩‍👧"),
+    ("😀👩‍👩‍👧 family", "FAM", "fam"),
+    ("one two  three", "E TWO  T", "e two  t"),
+    (" margins ", " Margins ", " margins "),
+    ("100% sure", "0% S", "0% s"),
+    ("snake_case", "E_C", "e_c"),
+    (r"C:\temp\%", r":\TEMP\%", r":\temp\%"),
+    ("/%/_//", "/%/_//", "/%/_//"),
+    ('it\'s "quoted"; --', "'S \"Q", "'s \"q"),
+    ("%s %(a)s :a ? {}", "%(A)S :A ?", "%(a)s :a ?"),
+    ("a\nb", "A\nB", "a\nb"),
+    ("tea and tea", "TEA", "tea"),
+]
+TEXTS_WITHOUT_MATCH = [
+    ("100 sure", "0% s"),
+    ("snakeXcase", "e_c"),
+    ("either or", "r/o"),
+    ("C:temp", r":\temp"),
+    ("anything", "%"),
+    ("anything", "_"),
+    ("anything", "any%ing"),
+    ("anything", "/%"),
+    ("anything", "\\"),
+    ("one  two", "one two"),
+    ("two one", "one two"),
+    ("anything", "created_at"),
+    ("Österreich", "Osterreich"),
+]
+
+
+@pytest.fixture
+def echo_ada(make_app):
+    """A client with the session of ada, for whom the bot repeats what she sends."""
+    return create_logged_in_client(make_app(bot=echo), "ada")
+
+
+def search_messages(client, **parameters):
+    response = client.get("/api/messages", query_string=parameters)
+    assert response.status_code == 200, response.json
+    return response.json
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(("text", "q", "match"), TEXTS_WITH_MATCH)
+def test_search_finds_names_and_texts_in_any_case(echo_ada, text, q, match):
+    by_name, by_text, other = echo_ada.create_conversation(text), echo_ada.create_conversation("."), "."
+    echo_ada.send_message(by_text, text)
+    echo_ada.send_message(echo_ada.create_conversation(other), other)
+    assert get_ids(echo_ada.list_conversations(q=q)) == [by_name, by_text]
+
+
+@pytest.mark.parametrize(("text", "q"), TEXTS_WITHOUT_MATCH)
+def test_search_takes_every_character_literally(echo_ada, text, q):
+    echo_ada.send_message(echo_ada.create_conversation(text), text)
+    assert echo_ada.list_conversations(q=q) == []
+    assert search_messages(echo_ada, q=q) == []
+
+
+def test_search_returns_whole_conversations_each_once(echo_ada):
+    conversation = echo_ada.create_conversation("Tea")
+    for text in ("tea", "ink", "more tea"):
+        echo_ada.send_message(conversation, text)
+    assert echo_ada.list_conversations(q="tea") == echo_ada.list_conversations(messages=1000)
+    assert len(echo_ada.list_messages(conversation)) == 6
+
+
+def test_search_is_paged_in_both_orders(app, ada):
+    ids = add_conversations(app, ada, 7, messages=3)
+    for id in ids[::2]:
+        ada.put(f"/api/conversations/{id}", json={"name": "Tea"})
+    assert get_ids(ada.list_conversations(q="tea")) == ids[::2]
+    pages = read_pages(ada, "/api/conversations", q="tea", limit=2, messages=1)
+    assert [get_ids(page) for page in pages] == [[ids[6], ids[4]], [ids[2], ids[0]]]
+    assert {message["text"] for page in pages for item in page for message in item["messages"]} == {"Text 2"}
+    ada.send_message(ids[2])
+    pages = read_pages(ada, "/api/conversations", q="tea", limit=3, order="recent")
+    assert [get_ids(page) for page in pages] == [[ids[2], ids[6], ids[4]], [ids[0]]]
+    assert get_ids(ada.list_conversations(q="TEXT 2", limit=2, before=ids[3])) == [ids[2], ids[1]]
+
+
+# Messages
+
+
+@pytest.mark.parametrize(("text", "q", "match"), TEXTS_WITH_MATCH)
+def test_search_messages_tells_where_the_match_is(echo_ada, text, q, match):
+    echo_ada.send_message(echo_ada.create_conversation(), f"- {text} -")
+    for result in search_messages(echo_ada, q=q):
+        assert result["snippet"][slice(result["match"]["start"], result["match"]["end"])] == match
+        assert match in result["snippet"]
+    assert len(search_messages(echo_ada, q=q)) == 2
+
+
+def test_search_messages_returns_documented_fields_newest_first(echo_ada):
+    tea, ink = echo_ada.create_conversation("Tea"), echo_ada.create_conversation("Ink")
+    first = echo_ada.send_message(tea, "A cup of Tea").json
+    echo_ada.send_message(ink, "A drop of ink")
+    second = echo_ada.send_message(ink, "Tea stains").json
+    expected = [
+        {
+            "id": message["id"],
+            "sender": message["sender"],
+            "created_at": message["created_at"],
+            "conversation": {"id": conversation, "name": name},
+            "snippet": message["text"],
+            "match": {"start": start, "end": start + 3},
+        }
+        for conversation, name, start, exchange in ((ink, "Ink", 0, second), (tea, "Tea", 9, first))
+        for message in exchange[::-1]
+    ]
+    assert search_messages(echo_ada, q="tea") == expected
+
+
+@pytest.mark.parametrize("padding", [0, 3, 60, 61, 5000])
+def test_search_messages_shows_a_bounded_snippet_around_the_first_match(echo_ada, padding):
+    echo_ada.send_message(echo_ada.create_conversation(), f"{'ß' * padding}Tea{'é' * padding}tea")
+    for result in search_messages(echo_ada, q="TEA"):
+        start, end = result["match"]["start"], result["match"]["end"]
+        assert result["snippet"][start:end] == "Tea"
+        assert len(result["snippet"]) <= 200
+        before, after = result["snippet"][:start], result["snippet"][end:]
+        assert f"{'ß' * padding}Tea".endswith(f"{before}Tea")
+        assert f"{'é' * padding}tea".startswith(after)
+        assert min(padding, 30) <= len(before) <= padding
+
+
+def test_search_messages_links_lead_to_each_message_once(echo_ada):
+    conversation = echo_ada.create_conversation()
+    for n in range(4):
+        echo_ada.send_message(conversation, f"{n}: tea & ink")
+    results = search_messages(echo_ada, q="tea & I")
+    assert len(results) == 8
+    for limit, sizes in {1: [1] * 8, 3: [3, 3, 2], 4: [4, 4], 8: [8], 100: [8]}.items():
+        pages = read_pages(
+            echo_ada, "/api/messages", lambda page: echo_ada.send_message(conversation, "ink"), q="tea & I", limit=limit
+        )
+        assert [len(page) for page in pages] == sizes
+        assert [result for page in pages for result in page] == results
+
+
+def test_search_messages_has_pages_of_fifty_unless_a_limit_says_otherwise(app, ada):
+    add_conversations(app, ada, 4, messages=30)
+    assert [len(page) for page in read_pages(ada, "/api/messages", q="text")] == [50, 50, 20]
+
+
+def test_search_messages_shows_how_a_reply_ended(app, ada):
+    add_conversations(app, ada, 1, messages=2)
+    execute(app, "UPDATE message SET status = 'stopped' WHERE sender = 'bot'")
+    assert [result.get("status") for result in search_messages(ada, q="text")] == ["stopped", None]
+
+
+def test_search_messages_without_q_returns_400(ada):
+    for path in ("/api/messages", "/api/messages?q=", "/api/messages?limit=5"):
+        response = ada.get(path)
+        assert (response.status_code, response.json) == (400, {"error": "q is required"})
+
+
+# Both
+
+
+def test_search_finds_the_callers_own_only(app, ada, bob):
+    ids = {client: add_conversations(app, client, 2, messages=2) for client in (ada, bob)}
+    for client, own in ids.items():
+        for parameters in ({}, {"before": 5}, {"q": "Conversation"}, {"q": "Text"}, {"order": "recent"}):
+            assert get_ids(client.list_conversations(limit=9, **parameters)) == own[::-1]
+        assert {result["conversation"]["id"] for result in search_messages(client, q="Text")} == set(own)
+
+
+@pytest.mark.parametrize("q", [" ", "\t\n\u3000", "\0", "\u200b", "\u3164", "a" * 256, "😀" * 256])
+@pytest.mark.parametrize("path", ["/api/conversations", "/api/messages"])
+def test_search_for_blank_or_long_text_returns_400(ada, path, q):
+    response = ada.get(path, query_string={"q": q})
+    assert response.status_code == 400
+    assert response.json == {"error": "q must be 1 to 255 characters long and not blank"}
+
+
+@pytest.mark.parametrize("path", ["/api/conversations", "/api/messages"])
+def test_search_for_text_with_nul_returns_400(ada, path):
+    response = ada.get(path, query_string={"q": "a\0b"})
+    assert (response.status_code, response.json) == (400, {"error": "q must not contain NUL"})
+
+
+@pytest.mark.parametrize("q", ["a" * 255, "😀" * 255, "%" * 255, "/_" * 127])
+def test_search_for_longest_text_finds_it(ada, q):
+    assert ada.list_conversations(q=q) == []
+    conversation = ada.create_conversation(q)
+    assert get_ids(ada.list_conversations(q=q)) == [conversation]
+
+
+@pytest.mark.parametrize("q", ["%FF", "%C3", "%ED%A0%80", "%F4%90%80%80"])
+@pytest.mark.parametrize("path", ["/api/conversations?limit=1&", "/api/messages?"])
+def test_search_for_text_that_is_not_utf_8_finds_nothing(ada, path, q):
+    ada.create_conversation()
+    assert get_items(ada.get(f"{path}q={q}")) == []
+
+
+def test_empty_q_means_no_search(app, ada):
+    add_conversations(app, ada, 2, messages=1)
+    assert ada.list_conversations(q="", limit=5) == ada.list_conversations(limit=5)
+    assert ada.list_conversations(q="") == ada.list_conversations(messages=1000)
