@@ -1,13 +1,12 @@
 """Generating a reply in the background, following it and stopping it."""
 
-import logging
 import math
 import time
 from collections import Counter, deque
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy import func, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
@@ -120,8 +119,7 @@ class StoredReply:
 
     def __init__(self, exchange):
         self.exchange = exchange
-        is_in_progress = exchange.reply.get("status") == "in_progress"
-        self.error = BotError("failed in another process") if is_in_progress else NotFound("Message not found")
+        self.error = BotError("the reply failed in another process")
         self.engine = autocommit(db.engine)  # a stream is followed outside of the request
 
     def load(self, offset=0):
@@ -135,7 +133,8 @@ class StoredReply:
         with self.engine.connect() as connection:
             row = connection.execute(select(*columns).where(Message.id == self.exchange.reply["id"])).one_or_none()
         if row is None:
-            raise self.error
+            is_in_progress = self.exchange.reply.get("status") == "in_progress"
+            raise self.error if is_in_progress else NotFound("Message not found")
         return row
 
     def follow(self, offset=0):
@@ -322,8 +321,10 @@ class ReplyManager:
                 with self.app.app_context():
                     self.store()
             except Exception as error:
-                level = logging.WARNING if isinstance(error, SQLAlchemyError) else logging.ERROR
-                self.app.logger.log(level, "Replies cannot be stored, trying again", exc_info=error)
+                is_unavailable = isinstance(error, OperationalError | InterfaceError)
+                reason = type(error.orig if is_unavailable else error).__name__
+                exc_info = None if is_unavailable else error
+                self.app.logger.error("Replies cannot be stored, trying again: %s", reason, exc_info=exc_info)
                 time.sleep(POLL_INTERVAL)
             with self.lock:
                 is_busy = self.is_storing = bool(self.replies) or (is_woken and not self.is_shutting_down)

@@ -86,6 +86,10 @@ class Client(FlaskClient):
     def session_cookie(self):
         return self.get_cookie("chatbot_session").value
 
+    def observe(self):
+        """Return what a request of this client that changes anything would change."""
+        return self.list_conversations(), self.get("/api/users/status").json, self.session_cookie
+
     def get_statuses(self):
         """Return "Online" or "Offline" for each username."""
         return {user["username"]: user["status"] for user in self.get("/api/users/status").json["users"]}

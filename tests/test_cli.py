@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from app import create_app, db
 from tests.conftest import CHEAP_HASH, PASSWORD, create_logged_in_client
 from tests.helpers.server import ROOT, TIMEOUT, find_free_port
 
@@ -99,10 +100,11 @@ def test_users_without_users_prints_nothing(app):
     assert invoke(app, "users") == (0, [], [])
 
 
-def test_users_in_another_process_shows_who_is_online(app, database):
+def test_users_after_a_restart_shows_who_has_not_logged_out(make_app):
+    app = make_app()
     create_logged_in_client(app, "here")
     create_logged_in_client(app, "gone").logout()
-    status, lines, errors = run_flask("users", url=database)
+    status, lines, errors = invoke(make_app(), "users")
     assert (status, errors) == (0, [])
     assert [(line.split()[1], line.split()[-1]) for line in lines] == [("Online", "here"), ("Offline", "gone")]
 
@@ -117,17 +119,25 @@ def test_flask_command_has_demo_and_users(database):
     assert [line.split() for line in lines] == expected
 
 
+def invoke_on(url, command):
+    """Run a command of an application on a database."""
+    app = create_app({"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH})
+    result = invoke(app, command)
+    with app.app_context():
+        db.engine.dispose()
+    return result
+
+
 @pytest.mark.parametrize("command", ["demo", "users"])
 def test_command_without_tables_prints_one_line_that_says_what_to_run(empty_database, command):
-    status, lines, [error] = run_flask(command, url=empty_database)
+    status, lines, [error] = invoke_on(empty_database, command)
     assert (status, lines) == (1, [])
     assert error.startswith("Error: The database lacks its tables: run python -m flask db upgrade")
 
 
 @pytest.mark.parametrize("command", ["demo", "users"])
 def test_command_without_database_server_prints_one_line_without_the_password(command):
-    url = f"postgresql://chat:hidden@127.0.0.1:{find_free_port()}/chat"
-    status, lines, [error] = run_flask(command, url=url)
+    status, lines, [error] = invoke_on(f"postgresql://chat:hidden@127.0.0.1:{find_free_port()}/chat", command)
     assert (status, lines) == (1, [])
     assert error.startswith("Error: The database is unavailable")
     assert "hidden" not in error

@@ -1,10 +1,6 @@
 """Migrations: the schema that they create, what the database refuses, and changes of a schema with rows."""
 
-import os
 import shutil
-import subprocess
-import sys
-from contextlib import ExitStack
 
 import pytest
 from sqlalchemy import inspect
@@ -13,7 +9,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from app import create_app, db
 from tests.conftest import DATABASES
 from tests.helpers.data import execute
-from tests.helpers.server import ROOT, TIMEOUT
+from tests.helpers.server import ROOT
 
 on_sqlite = pytest.mark.parametrize("database", DATABASES[:1], indirect=True)
 
@@ -250,15 +246,6 @@ def test_rows_of_the_first_version_survive_upgrade_and_downgrade(empty_app):
     assert all(after[table][0][: len(row)] == row for table, [row] in before.items())
     assert run_flask_db(empty_app, "downgrade", "0001") == 0
     assert read_rows(empty_app) == before
-
-
-def test_concurrent_upgrades_all_succeed(empty_database, empty_app):
-    command = [sys.executable, "-m", "flask", "db", "upgrade"]
-    environ = {**os.environ, "DATABASE_URL": empty_database}
-    with ExitStack() as stack:
-        processes = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=environ)) for _ in range(4)]
-        assert [process.wait(TIMEOUT) for process in processes] == [0] * 4
-    assert run_flask_db(empty_app, "check") == 0
 
 
 CHANGES_OF_USER = {

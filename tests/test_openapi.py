@@ -105,7 +105,7 @@ class ValidatingClient(Client):
     """A client that compares every response with the document; `seen` has the label, status and text of each."""
 
     def open(self, *args, **kwargs):
-        response = super().open(*args, buffered=True, **kwargs)
+        response = super().open(*args, **{**kwargs, "buffered": True})
         operation = find_operation(response.request.method, response.request.path)
         description = self.find_response(operation, response)
         self.seen.append((operation and operation.label, response.status_code, response.text))

@@ -134,8 +134,8 @@ def test_search_reads_messages_of_the_caller_only(app, ada, bob, path):
     with record_queries(app) as queries:
         assert ada.get(path).json == []
     indexes, scans = explain_queries(app, queries[-1:])
-    assert indexes >= {"ix_conversation_user_id_id", "ix_message_conversation_id_id"}
-    assert scans == []
+    assert "ix_message_conversation_id_id" in indexes
+    assert [scan for scan, _ in scans if "message" in scan] == []
 
 
 PATHS = [

@@ -1,90 +1,86 @@
-"""What the README says, as far as a test can hold it."""
+"""The README's claims: its commands, its snippets, its names of settings and files."""
 
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
-from app.routes.chat import DEMO
+from app.cli import DEMO
 from config import SETTINGS
-from tests.serving import PATIENCE, ROOT
-from tests.test_browsers import NEEDS_CHROMIUM, browsing, serve_pages  # noqa: F401
+from tests.helpers.readme import README, get_block
+from tests.helpers.server import ROOT, TIMEOUT
 
-README = (ROOT / "README.md").read_text()
-SETUP = "python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements.txt && .venv/bin/python"
+INSTALL = "python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements.txt && .venv/bin/python"
 
 
-def block(language, containing):
-    """Return the only code block of that language with that text in it."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    (found,) = [text for text in blocks if containing in text]
-    return found
+def run_in_bash(script):
+    """Run a script, which must not print errors, and return its output."""
+    result = subprocess.run(["bash", "-s"], input=script, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.stderr == ""
+    return result.stdout
 
 
 @pytest.mark.parametrize("command", ["run.py", "-m pytest"])
 def test_each_of_the_two_commands_is_one_line(command):
-    assert f"```bash\n{SETUP} {command}\n```" in README
+    assert f"```bash\n{INSTALL} {command}\n```" in README
 
 
-def test_whoever_follows_the_readme_takes_no_name_of_the_demo_s():
+def test_readme_has_at_most_300_lines():
+    assert len(README.splitlines()) <= 300
+
+
+def test_usernames_of_readme_and_demo_differ():
     names = re.findall(r'"?username"?: "(\w+)"', README)
     assert len(names) > 2
     assert not set(names) & set(DEMO)
 
 
-def test_the_walk_with_curl_works_when_pasted(serve):
-    walk = block("bash", "call $API/signup").replace(":5000", f":{serve().port}")
-    shell = subprocess.run(["bash", "-s"], input=walk, capture_output=True, text=True, timeout=PATIENCE)
-    assert shell.stderr == ""
-    signup, login, me, status, pair, renamed, talks, deleted, logout = shell.stdout.splitlines()
+def test_curl_examples_work_when_pasted_one_after_the_other(serve):
+    examples = [get_block("bash", text) for text in ("call $API/signup", "call -N", "-X DELETE")]
+    # A marker line separates the output of the examples.
+    script = "echo ---\n".join(examples).replace(":5000", f":{serve().port}")
+    requests, stream, end = run_in_bash(script).split("---\n")
+
+    signup, login, user, status, exchange, renamed, conversations = map(json.loads, requests.splitlines())
     ada = {"id": 1, "user_id": 1, "username": "ada"}
-    assert json.loads(signup) == {"message": "User created successfully", "user_id": 1}
-    assert json.loads(login) == {"message": "Login successful", "user": ada}
-    assert json.loads(me) == {"user": ada}
-    assert json.loads(status)["users"][0]["status"] == "Online"
-    assert [message["sender"] for message in json.loads(pair)] == ["user", "bot"]
-    assert json.loads(renamed) == {"id": 1, "name": "A better name"}
-    assert json.loads(talks) == [{**json.loads(renamed), "messages": json.loads(pair)}]
-    assert deleted == ""
-    assert json.loads(logout) == {"message": "User 1 logged out successfully"}
+    assert signup == {"message": "User created successfully", "user_id": 1}
+    assert login == {"message": "Login successful", "user": ada}
+    assert user == {"user": ada}
+    assert status["users"][0]["status"] == "Online"
+    assert [message["sender"] for message in exchange] == ["user", "bot"]
+    assert renamed == {"id": 1, "name": "A better name"}
+    assert conversations == [{**renamed, "messages": exchange}]
+
+    assert stream.startswith("event: start\n")
+    assert "event: done\n" in stream
+    assert end.split() == ['{"message":"User', "1", "logged", "out", 'successfully"}']
 
 
-@pytest.mark.slow
-@NEEDS_CHROMIUM
-def test_the_snippet_for_a_front_end_works_in_a_browser(serve, serve_pages, tmp_path):  # noqa: F811
-    pages = serve_pages()
-    server = serve(CORS_ORIGINS=pages.origin)
-    snippet = block("js", "fetch(").replace(":5000", f":{server.port}")
-    script = f"""
-        report.said = [];
-        console.log = console.error = (...said) => report.said.push(said);
-        (async () => {{ {snippet} }})().catch(error => report.said.push(`${{error}}`)).finally(() => tell());
-    """
-    with browsing(pages.add("snippet", f"http://localhost:{server.port}", script), tmp_path / "chromium"):
-        said = pages.reports.get(timeout=2 * PATIENCE)["said"]
-    *pieces, (stored, pair) = said
-    assert stored == "stored"
-    assert len(pieces) > 1
-    assert "".join(piece for (piece,) in pieces) == pair[1]["text"]
-
-
-def test_the_stream_with_curl_works_when_pasted(serve):
-    (command,) = re.findall(r"With curl: `(curl [^`]*)`", README)
-    walk = block("bash", "call $API/signup").replace(":5000", f":{serve().port}")
-    before, _ = walk.split("call $API/conversations/$TALK -X DELETE")
-    shell = subprocess.run(
-        ["bash", "-s"], input=before + " ".join(command.split()), capture_output=True, text=True, timeout=PATIENCE
+def test_example_of_a_bot_replies():
+    code = get_block("python", "def echo_bot") + (
+        "from flask_migrate import upgrade\n"
+        "bot = app.extensions['replies'].bot\n"
+        "assert list(bot([('user', 'Hello there')], user_id=1, conversation_id=1)) == ['You', 'wrote:', 'Hello', 'there']"
     )
-    assert shell.stdout.count("event: delta\n") == 50
-    assert "event: done\n" in shell.stdout
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT, check=True)
+
+
+def test_example_of_a_conftest_gives_a_client(tmp_path):
+    (tmp_path / "conftest.py").write_text(get_block("python", "def client(tmp_path)"))
+    test = "def test_api(client):\n    assert client.get('/api/users/status').json == {'users': []}\n"
+    (tmp_path / "test_api.py").write_text(test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert "1 passed" in result.stdout
 
 
 @pytest.mark.parametrize("name", sorted({*re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README)} - {"TEST_DATABASE_URL"}))
-def test_a_setting_that_is_named_is_a_setting(name):
+def test_named_setting_exists(name):
     assert name in SETTINGS
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_a_file_that_is_linked_is_there(path):
+def test_linked_file_exists(path):
     assert (ROOT / path).is_file()

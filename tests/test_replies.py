@@ -1,17 +1,22 @@
 """Replies: generated in the background, followed by any request of any process, and stored however they end."""
 
 import re
+import sqlite3
 import threading
+import time
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
+import psycopg
 import pytest
 from sqlalchemy import func, insert, select, update
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
 from app.models import Message
-from tests.conftest import PASSWORD, SHARED_SESSIONS, create_logged_in_client, create_other_client
+from tests.conftest import PASSWORD, SERVER_URL, SHARED_SESSIONS, create_logged_in_client, create_other_client
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, read_events
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
@@ -843,6 +848,69 @@ def test_reply_without_chunk_returns_504_after_bot_max_seconds(make_app, bot, ga
     response = client.send_message(client.create_conversation())
     assert (response.status_code, response.json) == (504, {"error": "The bot took too long to answer"})
     assert count_messages(app) == 0
+
+
+@contextmanager
+def database_unavailable(url):
+    """Refuse all connections to a database, or all transactions of SQLite, while the block is executed."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    name = make_url(url).database
+    with psycopg.connect(SERVER_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        try:
+            connection.execute(
+                """SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity
+                   WHERE datname = %s AND usename = current_user""",
+                [name],
+            )
+            yield
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+@waiting_or_streaming
+def test_reply_that_ends_while_database_is_unavailable_is_stored_afterwards(
+    ada, bot, gate, conversation_id, database, headers, caplog
+):
+    bot.steps = ["One ", gate.wait, "two"]
+    client = create_other_client(ada)
+    with run_in_background(lambda: client.send_message(conversation_id, headers=headers)) as [sending]:
+        wait_until(lambda: "One " in texts(ada.list_messages(conversation_id)))
+        with database_unavailable(database):
+            gate.set()
+            time.sleep(1)
+            assert not sending.done()
+    response = sending.result()
+    pair = response.json if headers == {} else read_events(response)[-1][1]
+    assert texts(pair) == ["Hello", "One two"]
+    assert ada.list_messages(conversation_id) == pair
+    assert "Traceback" not in caplog.text
+
+
+@waiting_or_streaming
+def test_follower_is_told_when_end_of_reply_cannot_be_stored(
+    ada, bot, gate, conversation_id, database, headers, monkeypatch
+):
+    monkeypatch.setattr("app.replies.STORE_TIMEOUT", 0.5)
+    bot.steps = ["One ", gate.wait, "two"]
+    client = create_other_client(ada)
+    with run_in_background(lambda: client.send_message(conversation_id, headers=headers)) as [sending]:
+        wait_until(lambda: "One " in texts(ada.list_messages(conversation_id)))
+        with database_unavailable(database):
+            gate.set()
+            response = sending.result(TIMEOUT)
+    unavailable = {"error": "The database is unavailable, try again later"}
+    if headers == {}:
+        assert (response.status_code, response.json) == (503, unavailable)
+        assert int(response.headers["Retry-After"]) > 0
+    else:
+        assert read_events(response)[-1] == ("error", unavailable, None)
+    wait_until(lambda: texts(ada.list_messages(conversation_id)) == ["Hello", "One two"])
+    assert "status" not in ada.list_messages(conversation_id)[1]
 
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -70,11 +70,6 @@ def get_error(response):
     return response.json["error"]
 
 
-def observe(client):
-    """Return what a write could have changed."""
-    return client.list_conversations(), client.get("/api/users/status").json, client.session_cookie
-
-
 @pytest.fixture(scope="module", params=DATABASES)
 def shared_client(request, tmp_path_factory):
     """A client with the session of ada, who has conversation 1, for requests that change nothing."""
@@ -91,7 +86,7 @@ def create_shared_client(url):
     app.test_client_class = Client
     client = create_logged_in_client(app, "ada")
     client.send_message(client.create_conversation())
-    client.observed = observe(client)
+    client.observed = client.observe()
     yield client
     app.extensions["replies"].shutdown(timeout=0)
     with app.app_context():
@@ -102,7 +97,7 @@ def create_shared_client(url):
 def unchanged(shared_client):
     """The shared client; after the test, nothing that it can see may have changed."""
     yield shared_client
-    assert observe(shared_client) == shared_client.observed
+    assert shared_client.observe() == shared_client.observed
 
 
 # Bodies
@@ -157,11 +152,11 @@ def test_json_in_any_spelling_is_accepted(ada, content_type, body):
 def test_body_above_1_mib_returns_413_and_one_of_1_mib_is_accepted(ada, endpoint):
     method, path, body = ENDPOINTS[endpoint]
     ada.send_message(ada.create_conversation())
-    before = observe(ada)
+    before = ada.observe()
     data = json.dumps(body).ljust(2**20 + 1).encode()
     response = send_raw(ada, method, path, data)
     assert (response.status_code, response.json) == (413, {"error": "The body must be at most 1 MiB"})
-    assert observe(ada) == before
+    assert ada.observe() == before
     assert send_raw(ada, method, path, data[:-1]).status_code in (200, 201, 204)
 
 

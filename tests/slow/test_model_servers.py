@@ -1,6 +1,7 @@
 """The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy with mock models."""
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ STRICT_TEMPLATE = """{%- for message in messages -%}
 {%- endif -%}
 {{ message['content'] }}
 {%- endfor -%}"""
+KEY = f"sk-{secrets.token_hex(32)}"
 LITELLM_CONFIG = """
 model_list:
   - model_name: mock
@@ -80,7 +82,7 @@ def write_model(path):
     # Every hidden state is a vector of ones, so a row of the output matrix decides the logit of its token.
     output = np.full((len(vocabulary), 32), -1.0)
     output[-len(WORDS) :] = 1
-    output[2] = 0.95  # the end comes after some 40 words
+    output[2] = 0.95
     tensors = {"token_embd": np.ones((len(vocabulary), 32)), "output_norm": np.ones(32), "output": output}
     for name in ("attn_norm", "ffn_norm"):
         tensors[f"blk.0.{name}"] = np.ones(32)
@@ -102,7 +104,7 @@ def running_program(command, log, url, **environment):
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**inherited, **environment})
     try:
         wait_until(lambda: is_answering(url) or process.poll() is not None, timeout=3 * TIMEOUT)
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text()[-1000:]
         yield
     finally:
         process.terminate()
@@ -117,12 +119,12 @@ def is_answering(url):
 
 @pytest.fixture(scope="module")
 def llama_url(tmp_path_factory):
-    """The URL of a llama-server with the key `sk-secret`."""
+    """The URL of a llama-server."""
     folder = tmp_path_factory.mktemp("llama")
     model, port = folder / "tiny.gguf", str(find_free_port())
     write_model(model)
     options = ["--model", model, "--port", port, "--ctx-size", str(CONTEXT_TOKENS), "--parallel", "1"]
-    command = [LLAMA_SERVER, *options, "--threads", "1", "--api-key", "sk-secret", "--jinja"]
+    command = [LLAMA_SERVER, *options, "--threads", "1", "--api-key", KEY, "--jinja"]
     url = f"http://127.0.0.1:{port}"
     with running_program(command, folder / "log", f"{url}/health"):
         yield f"{url}/v1"
@@ -143,11 +145,12 @@ def litellm_url(tmp_path_factory, relayed_model):
     config.write_text(LITELLM_CONFIG.replace("MODEL_URL", relayed_model.url))
     command = [LITELLM, "--config", config, "--host", "127.0.0.1", "--port", port, "--telemetry", "False"]
     url = f"http://127.0.0.1:{port}"
-    with running_program(command, folder / "log", f"{url}/health/liveliness", LITELLM_LOCAL_MODEL_COST_MAP="True"):
+    environment = {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    with running_program(command, folder / "log", f"{url}/health/liveliness", **environment):
         yield url
 
 
-def ask(url, history, model="tiny", key="sk-secret", **options):
+def ask(url, history, model="tiny", key=KEY, **options):
     """Return the text of a reply, and the exception that it ended with or None."""
     config = {"BOT_MODEL": model, "OPENAI_BASE_URL": url, "OPENAI_API_KEY": key, "BOT_SYSTEM_PROMPT": ""}
     bot = create_bot({**config, "BOT_TIMEOUT": TIMEOUT, "BOT_HISTORY_CHARS": 100_000, "BOT_OPTIONS": options})
@@ -162,7 +165,7 @@ def ask(url, history, model="tiny", key="sk-secret", **options):
 
 @needs_llama_server
 def test_llama_server_returns_reply(llama_url):
-    text, error = ask(llama_url, [("user", "Hello")], seed=1, top_p=1)
+    text, error = ask(llama_url, [("user", "Hello")], seed=7, temperature=1, top_p=1)
     assert error is None
     assert text.split()
     assert set(text.split()) <= set(WORDS)
@@ -179,7 +182,7 @@ def test_llama_server_at_token_limit_raises_truncated(llama_url):
 @pytest.mark.parametrize("turns", [1, 2, 200])
 def test_llama_server_with_strict_template_and_small_context_returns_reply(llama_url, turns):
     history = [("bot", "Welcome."), *[("user", "Hello"), ("bot", "Hello!")] * turns, ("bot", "Yes?"), ("user", "New")]
-    text, error = ask(llama_url, history, seed=1, top_p=1)
+    text, error = ask(llama_url, history, seed=7, temperature=1, top_p=1)
     assert (bool(text), error) == (True, None)
 
 
@@ -214,7 +217,7 @@ def test_litellm_error_raises(litellm_url, model, error):
     [
         (429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, BotBusy),
         (503, {"error": {"message": "loading", "type": "unavailable_error"}}, BotBusy),
-        (400, {"error": {"message": "too long", "code": "context_length_exceeded"}}, BotMessageTooLong),
+        (400, {"error": {"message": "the request exceeds the available context size"}}, BotMessageTooLong),
         (400, {"error": {"message": "This model's maximum context length is 8 tokens."}}, BotMessageTooLong),
         (401, {"error": {"message": "wrong key"}}, BotError),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SHARED_SESSIONS
-from tests.helpers.model_server import ModelServer, run_server, stall
+from tests.helpers.model_server import ModelServer, running, stall
 from tests.helpers.server import (
     PASSWORD,
     TIMEOUT,
@@ -31,7 +31,7 @@ ASYNC = {"Prefer": "respond-async"}
 
 @pytest.fixture
 def model():
-    with run_server(ModelServer()) as model:
+    with running(ModelServer()) as model:
         yield model
 
 
@@ -120,7 +120,7 @@ def test_other_server_shows_reply_grow_within_seconds(servers):
                 seconds, _ = measure(lambda word=data["text"]: wait_until(lambda: word in exchange.load(other)["text"]))
                 lags.append(seconds)
         record_measurement("most seconds until the other server shows a word", max(lags))
-        assert max(lags) < 5
+        assert max(lags) < 10
         assert other.get(f"/api/conversations/{exchange.conversation_id}").json["messages"][0] == exchange.question
 
 
@@ -141,7 +141,7 @@ def test_stop_at_other_server_closes_connection_of_model(model, model_servers):
         assert rest[-1][:2] == ("done", [exchange.question, response.json])
         assert model.wait_for_hang_up()
         assert exchange.load(ada) == response.json
-        assert seconds < 5
+        assert seconds < 10
 
 
 @pytest.mark.parametrize("steps", [[stall], ["word ", stall]], ids=["before the first chunk", "after the first chunk"])
@@ -161,17 +161,19 @@ def test_deletion_at_other_server_closes_connection_of_model(model, model_server
     with model_servers[0].create_logged_in_client("ada") as ada, model_servers[1].other_client(ada) as other:
         exchange = Exchange(ada, "Hello")
         exchange.wait_for_words(other, 1)
-        with run_in_background(lambda: list(ada.stream("GET", f"{exchange.path}/events"))) as [following]:
+        with model_servers[0].other_client(ada) as follower:
+            stream = follower.stream("GET", f"{exchange.path}/events")
+            assert next(stream)[0] == "start"
             if resource == "conversation":
                 response = other.delete(f"/api/conversations/{exchange.conversation_id}")
             else:
                 response = other.delete("/api/account", {"password": PASSWORD})
             assert response.status == 204
             seconds, is_closed = measure(model.wait_for_hang_up)
+            assert list(stream)[-1][:2] == ("error", {"error": "Conversation not found"})
         assert is_closed
         record_measurement("seconds until the model's connection is closed", seconds)
-        assert following.result()[-1][:2] == ("error", {"error": "Conversation not found"})
-        assert seconds < 5
+        assert seconds < 10
 
 
 def test_sends_with_one_key_at_both_servers_ask_model_once(model, model_servers):
@@ -316,7 +318,7 @@ class LoadGenerator:
         self.clients = [server.other_client(client) for client in self.clients]
 
     def check(self):
-        """Check that every acknowledged exchange is stored as it was returned, and that questions and replies alternate."""
+        """Check that every acknowledged exchange is stored as it was returned, and that all exchanges are whole."""
         for client, conversation_id, pairs in zip(self.clients, self.conversation_ids, self.acknowledged, strict=True):
             messages = client.list_messages(conversation_id)
             assert [message["sender"] for message in messages] == ["user", "bot"] * (len(messages) // 2)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -92,6 +93,17 @@ def database(empty_database):
     """The URL of a database of its own for each test, because the tests change the schema."""
     migrate(empty_database)
     return empty_database
+
+
+def test_concurrent_upgrades_all_succeed(empty_database):
+    command = [sys.executable, "-m", "flask", "db"]
+    environ = {**os.environ, "DATABASE_URL": empty_database}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen([*command, "upgrade"], cwd=ROOT, env=environ)) for _ in range(4)
+        ]
+        assert [process.wait(TIMEOUT) for process in processes] == [0] * 4
+    subprocess.run([*command, "check"], cwd=ROOT, env=environ, timeout=TIMEOUT, check=True)
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""A PostgreSQL server of its own for a test, to stop and start."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.helpers.server import TIMEOUT, find_free_port
+
+
+def find_initdb():
+    """Return the path of PostgreSQL's initdb, or None."""
+    return next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None) or shutil.which("initdb")
+
+
+class PostgreSQLServer:
+    """A PostgreSQL server with its data in a folder; as root, it runs as the user postgres."""
+
+    def __init__(self, folder):
+        self.programs = Path(find_initdb()).parent
+        self.folder = folder
+        self.user = "postgres" if os.getuid() == 0 else None
+        self.port = find_free_port()
+        if self.user:
+            shutil.chown(folder, self.user)
+        self.run("initdb", "-D", folder / "data", "-U", "chat", "-A", "trust", "-N", "-E", "UTF8")
+
+    @property
+    def url(self):
+        return f"postgresql://chat@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program, *arguments):
+        """Run a program of PostgreSQL's."""
+        command = [self.programs / program, *map(str, arguments)]
+        subprocess.run(command, user=self.user, cwd="/", stdout=subprocess.DEVNULL, timeout=2 * TIMEOUT, check=True)
+
+    def start(self):
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self.run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+
+    def stop(self, mode):
+        """Stop the server: `fast` ends its sessions, `immediate` is like a crash."""
+        self.run("pg_ctl", "stop", "-w", "-D", self.folder / "data", "-m", mode)

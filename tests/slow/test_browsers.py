@@ -1,0 +1,223 @@
+"""Pages of allowed and foreign origins in Chromium."""
+
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.conftest import CHEAP_HASH
+from tests.helpers.model_server import running
+from tests.helpers.server import TIMEOUT, Server
+
+SCRIPT = """
+async function call(method, path, body, options = {}) {
+    const init = {method, credentials: "include", ...options};
+    if (body !== undefined && body !== null) {
+        init.headers ??= {"Content-Type": "application/json"};
+        init.body = JSON.stringify(body);
+    }
+    try {
+        const response = await fetch(API + path, init);
+        const text = await response.text();
+        return {
+            status: response.status,
+            type: response.type,
+            json: text ? JSON.parse(text) : null,
+            id: response.headers.get("X-Request-ID"),
+            retryAfter: response.headers.get("Retry-After"),
+        };
+    } catch (error) {
+        return {rejected: `${error}`};
+    }
+}
+
+// Load a resource by an element; return whether the browser accepted it.
+function load(tag, path) {
+    return new Promise(resolve => {
+        const element = document.createElement(tag);
+        element.onload = () => resolve(true);
+        element.onerror = () => resolve(false);
+        element.src = API + path;
+        document.body.append(element);
+    });
+}
+
+// Post a form into a frame; return what the page can read of the response.
+function postForm(path, fields, enctype) {
+    return new Promise(resolve => {
+        const frame = document.createElement("iframe"), form = document.createElement("form");
+        frame.name = `frame${document.forms.length}`;
+        document.body.append(frame);
+        Object.assign(form, {method: "post", action: API + path, target: frame.name, enctype});
+        for (const [name, value] of Object.entries(fields))
+            form.append(Object.assign(document.createElement("input"), {name, value}));
+        document.body.append(form);
+        frame.onload = () => {
+            try { resolve(frame.contentWindow.document.body.innerText); } catch { resolve(null); }
+        };
+        form.submit();
+    });
+}
+"""
+READABLE = [
+    ("GET", "/api/conversations", None),
+    ("GET", "/api/users/status", None),
+    ("POST", "/api/conversations", {"name": "Forged"}),
+    ("PUT", "/api/conversations/1", {"name": "Forged"}),
+    ("DELETE", "/api/conversations/1", None),
+    ("POST", "/api/conversations/1/messages", {"text": "Forged"}),
+    ("POST", "/api/logout/1", None),
+]
+OPAQUE = [  # which need no preflight
+    ("GET", "/api/conversations", None),
+    ("POST", "/api/conversations", {"name": "Forged"}),
+    ("POST", "/api/signup", {"username": "forged", "password": "forged"}),
+    ("POST", "/api/conversations/1/messages", {"text": "Forged"}),
+    ("POST", "/api/logout/1", None),
+]
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """Sends an empty page."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>Page</title><body></body>")
+
+    def log_message(self, *args):
+        """Log nothing."""
+
+
+@pytest.fixture(scope="module")
+def serve_page():
+    """A function that serves a page on a port of its own and returns the port."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(running(ThreadingHTTPServer(("127.0.0.1", 0), PageHandler))).server_port
+
+
+class Page:
+    """A page that calls the API at localhost; pages of one context share its cookies."""
+
+    def __init__(self, context, url, server):
+        self.server = server
+        self.page = context.new_page()
+        self.page.set_default_timeout(TIMEOUT * 1000)
+        self.page.goto(url)
+        self.page.add_script_tag(content=f"const API = 'http://localhost:{server.port}';{SCRIPT}")
+
+    def call(self, method, path, body=None, options=None):
+        """Make a request with fetch and return its status, JSON and some headers, or {"rejected": reason}."""
+        return self.page.evaluate("request => call(...request)", [method, path, body, options or {}])
+
+    def load(self, tag, path):
+        return self.page.evaluate("request => load(...request)", [tag, path])
+
+    def post_form(self, path, fields, enctype):
+        return self.page.evaluate("request => postForm(...request)", [path, fields, enctype])
+
+
+@pytest.fixture(scope="module")
+def context(browser):
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
+def test_page_of_an_allowed_origin_uses_the_api(serve, serve_page, context):
+    origin = f"http://localhost:{serve_page()}"
+    server = serve(CORS_ORIGINS=origin, LOGIN_RATE_LIMIT="2 per minute")
+    page = Page(context, origin, server)
+    ada, bob = ({"username": username, "password": "correct horse"} for username in ("ada", "bob"))
+    calls = [
+        ("POST", "/api/signup", ada, 201),
+        ("POST", "/api/signup", ada, 400),
+        ("GET", "/api/current_user", None, 401),
+        ("POST", "/api/login", {**ada, "password": "wrong"}, 401),
+        *[("POST", "/api/login", bob, status) for status in (401, 401, 429)],
+        ("POST", "/api/login", ada, 200),
+        ("GET", "/api/current_user", None, 200),
+        ("POST", "/api/conversations", {"name": "Conversation"}, 201),
+        ("PUT", "/api/conversations/1", {"name": "Renamed"}, 200),
+        ("PATCH", "/api/conversations/1", {"name": "Renamed"}, 200),
+        ("POST", "/api/conversations/1/messages", {"text": "Hello"}, 201),
+        ("GET", "/api/conversations", None, 200),
+        ("POST", "/api/conversations/1/messages", {}, 400),
+        ("PATCH", "/api/conversations", {}, 405),
+        ("DELETE", "/api/conversations/1", None, 204),
+        ("DELETE", "/api/conversations/1", None, 404),
+        ("POST", "/api/logout/99", None, 403),
+        ("POST", "/api/logout/1", None, 200),
+        ("GET", "/api/current_user", None, 401),
+    ]
+    for method, path, body, status in calls:
+        response = page.call(method, path, body)
+        assert (response.get("status"), response.get("type")) == (status, "cors"), (method, path, response)
+        assert response["id"]
+        if status >= 400:
+            assert list(response["json"]) == ["error"]
+        if status == 429:
+            assert int(response["retryAfter"]) > 0
+    server.wait_for("OPTIONS /api/conversations")  # the preflights were real
+
+
+@pytest.fixture(scope="module")
+def ada_page(serve_page, context, tmp_path_factory):
+    """A page of an allowed origin that has logged in and created a conversation."""
+    origin, database = f"http://localhost:{serve_page()}", tmp_path_factory.mktemp("browsers") / "chat.db"
+    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH, CORS_ORIGINS=origin)
+    page = Page(context, origin, server)
+    ada = {"username": "ada", "password": "correct horse"}
+    for path, body in (("signup", ada), ("login", ada), ("conversations", {"name": "Secret"})):
+        assert page.call("POST", f"/api/{path}", body)["status"] < 300
+    yield page
+    server.kill()
+
+
+@pytest.fixture(params=["localhost", "127.0.0.1"])
+def foreign_page(request, ada_page, serve_page, context):
+    """A page of an origin that is not allowed, in the browser that has the session.
+
+    Another port of localhost is the same site, so that the browser sends the session cookie. After the test, nothing
+    may have changed.
+    """
+    yield Page(context, f"http://{request.param}:{serve_page()}", ada_page.server)
+    [conversation] = ada_page.call("GET", "/api/conversations")["json"]
+    assert (conversation["name"], conversation["messages"]) == ("Secret", [])
+    [user] = ada_page.call("GET", "/api/users/status")["json"]["users"]
+    assert (user["username"], user["status"]) == ("ada", "Online")
+
+
+def test_fetch_by_a_page_of_a_foreign_origin_is_rejected(foreign_page):
+    for method, path, body in READABLE:
+        assert "Failed to fetch" in foreign_page.call(method, path, body).get("rejected", ""), path
+
+
+def test_opaque_fetch_by_a_page_of_a_foreign_origin_reads_and_changes_nothing(foreign_page):
+    for method, path, body in OPAQUE:
+        for options in ({}, {"keepalive": True}):
+            options = {"mode": "no-cors", "headers": {"Content-Type": "text/plain"}, **options}
+            response = foreign_page.call(method, path, body, options)
+            assert "rejected" in response or (response["type"], response["json"]) == ("opaque", None), path
+    # The browser did send the writes: it was the server that refused them.
+    for method, path, _ in OPAQUE[1:]:
+        foreign_page.server.wait_for(f"{method} {path} 403")
+
+
+@pytest.mark.parametrize("tag", ["img", "script", "audio"])
+def test_element_of_a_page_of_a_foreign_origin_loads_nothing(foreign_page, tag):
+    assert foreign_page.load(tag, "/api/conversations") is False
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "enctype"),
+    [
+        ("/api/logout/1", {}, "application/x-www-form-urlencoded"),
+        ("/api/conversations", {'{"name": "Forged", "x': '": ""}'}, "text/plain"),
+        ("/api/conversations", {"name": "Forged"}, "multipart/form-data"),
+    ],
+)
+def test_form_of_a_page_of_a_foreign_origin_changes_nothing(foreign_page, path, fields, enctype):
+    assert foreign_page.post_form(path, fields, enctype) is None
+    foreign_page.server.wait_for(f"POST {path} 403")

@@ -1,0 +1,270 @@
+"""The served program while its database is restarted, read-only or full: 503, nothing lost, and recovery."""
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
+from tests.helpers.postgresql import PostgreSQLServer, find_initdb
+from tests.helpers.server import (
+    ROOT,
+    TIMEOUT,
+    Server,
+    measure,
+    record_measurement,
+    run_concurrently,
+    run_in_background,
+    wait_until,
+)
+
+sqlite_only = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+
+
+@contextmanager
+def run_server(url, prefix=()):
+    """Serve the program on a database while the block is executed."""
+    server = Server(prefix=prefix, DATABASE_URL=url, PASSWORD_HASH_METHOD=CHEAP_HASH, **SHARED_SESSIONS)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def is_unavailable(response):
+    """Return whether a response says, in the way of the API, to try again later."""
+    assert response.status == 503, response.body
+    assert int(response.headers["Retry-After"]) > 0
+    assert list(response.json) == ["error"]
+    return True
+
+
+def is_healthy(server, client, conversation_id):
+    """Return whether reading and writing work, through several connections to the database at once."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.other_client(client)) for _ in range(12)]
+        responses = run_concurrently(12, lambda number: clients[number].send_message(conversation_id, "Healthy?"))
+        statuses = {response.status for response in responses}
+        return statuses == {201} and client.get("/api/conversations").status == 200
+
+
+@pytest.fixture
+def postgresql():
+    if not find_initdb():
+        pytest.skip("PostgreSQL is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
+    server = PostgreSQLServer(folder)
+    server.start()
+    yield server
+    with suppress(subprocess.CalledProcessError):
+        server.stop("immediate")
+    shutil.rmtree(folder)
+
+
+class Sender:
+    """A user who sends messages, never one twice, until an event is set."""
+
+    def __init__(self, server, number):
+        self.client = server.create_logged_in_client(f"user {number}")
+        self.conversation_id = self.client.create_conversation()
+        self.acknowledged, self.refusals, self.sent = [], [], 0
+
+    def send(self, is_over):
+        """Send messages; note what is acknowledged, and when what is refused was sent and answered."""
+        while not is_over.is_set():
+            self.sent += 1
+            sent_at = time.monotonic()
+            response = self.client.send_message(self.conversation_id, f"Message {self.sent}")
+            if response.status == 201:
+                self.acknowledged.append(response.json)
+            else:
+                assert is_unavailable(response)
+                self.refusals.append((sent_at, time.monotonic()))
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
+    with run_server(postgresql.url) as server:
+        senders = [Sender(server, number) for number in range(6)]
+        with server.create_logged_in_client("ada") as ada:
+            conversation_id = ada.create_conversation()
+            question, reply = ada.send_message(conversation_id, "/slow 12", Prefer="respond-async").json
+            path = f"/api/conversations/{conversation_id}/messages"
+            is_over = threading.Event()
+            follower = server.other_client(ada)
+            with run_in_background(
+                lambda: list(follower.stream("GET", f"{path}/{reply['id']}/events")),
+                *(lambda sender=sender: sender.send(is_over) for sender in senders),
+            ) as [following, *sending]:
+                try:
+                    time.sleep(2)
+                    postgresql.stop(mode)
+                    time.sleep(2)
+                    with server.client() as client:
+                        for response in (client.login("ada"), client.signup("bob"), client.get("/api/users/status")):
+                            assert is_unavailable(response)
+                        assert client.get("/api/test").status == 200
+                    postgresql.start()
+                    started_at = time.monotonic()
+                    time.sleep(2)
+                    counts = [len(sender.acknowledged) for sender in senders]
+                    wait_until(lambda: all(len(s.acknowledged) > n for s, n in zip(senders, counts, strict=True)))
+                finally:
+                    is_over.set()
+            for future in sending:
+                future.result()
+            events = following.result()
+            words = " ".join(str(number) for number in range(1, 13)) + " "
+            assert "".join(data["text"] for name, data, _ in events if name == "delta") == words
+            assert events[-1][0] == "done"
+            assert ada.get(path).json == [question, events[-1][1][1]]
+        refusals = [refusal for sender in senders for refusal in sender.refusals]
+        assert refusals
+        assert max(sent_at for sent_at, _ in refusals) < started_at + 1
+        record_measurement("refusals", len(refusals))
+        record_measurement("most seconds until a refusal", max(answered - sent for sent, answered in refusals))
+        for sender in senders:
+            messages = sender.client.list_messages(sender.conversation_id)
+            assert len({message["text"] for message in messages[::2]}) == len(messages) // 2
+            exchanges = list(zip(messages[::2], messages[1::2], strict=True))
+            assert all(tuple(pair) in exchanges for pair in sender.acknowledged)
+            sender.client.close()
+        assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def obey_permissions():
+    """A command that runs another one bound by the permissions of files, as root is not."""
+    if os.getuid() != 0:
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root ignores permissions, and setpriv is not installed")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def run_expecting_failure(prefix, url):
+    """Run the program, which must not start; return what it prints."""
+    process = subprocess.run(
+        [*prefix, sys.executable, "run.py"],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": url, "PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert process.returncode == 1
+    return process.stdout + process.stderr
+
+
+UNUSABLE = "Error: the database of DATABASE_URL cannot be used: .+\n"
+
+
+@pytest.mark.parametrize("path", ["read-only/chat.db", "missing/chat.db", "", "read-only.db", "no-database.db"])
+def test_database_file_that_cannot_be_written_stops_start_with_one_line(tmp_path, obey_permissions, path):
+    (tmp_path / "read-only").mkdir(0o555)
+    (tmp_path / "read-only.db").touch(0o444)
+    (tmp_path / "no-database.db").write_text("This is not a database." * 1000)
+    assert re.fullmatch(UNUSABLE, run_expecting_failure(obey_permissions, f"sqlite:///{tmp_path / path}"))
+
+
+@sqlite_only
+def test_read_only_database_file_can_be_read_and_recovers(database, obey_permissions):
+    path = Path(database.removeprefix("sqlite:///"))
+    with run_server(database) as server, server.create_logged_in_client("ada") as ada:
+        conversation_id, cookie = ada.create_conversation(), ada.cookie
+        assert ada.send_message(conversation_id).status == 201
+    path.chmod(0o444)
+    with run_server(database, obey_permissions) as server, server.client() as ada:
+        ada.cookie = cookie
+        for _ in range(3):
+            assert ada.list_messages(conversation_id)[0]["text"] == "Hello"
+            assert is_unavailable(ada.send_message(conversation_id))
+            assert is_unavailable(ada.signup("bob"))
+        path.chmod(0o644)
+        seconds, _ = measure(wait_until, lambda: is_healthy(server, ada, conversation_id))
+        record_measurement("seconds until writing works again", seconds)
+        assert "Traceback" not in server.output
+
+
+@sqlite_only
+def test_read_only_database_folder_recovers(database, tmp_path, obey_permissions):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = Path(database.removeprefix("sqlite:///")).rename(folder / "chat.db")
+    with run_server(f"sqlite:///{path}", obey_permissions) as server, server.create_logged_in_client("ada") as ada:
+        conversation_id = ada.create_conversation()
+        folder.chmod(0o555)
+        try:
+            for response in (
+                ada.get("/api/conversations"),
+                ada.send_message(conversation_id),
+                ada.signup("bob"),
+            ):
+                assert response.status in (200, 201) or is_unavailable(response)
+            assert ada.get("/api/test").status == 200
+        finally:
+            folder.chmod(0o755)
+        wait_until(lambda: is_healthy(server, ada, conversation_id))
+        assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(path):
+    """Write to a file until the disk is full."""
+    with path.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_full_disk_refuses_writes_and_loses_nothing(small_disk):
+    filler, url = small_disk / "filler", f"sqlite:///{small_disk / 'chat.db'}"
+    text = "x" * 50_000
+    with run_server(url) as server, server.create_logged_in_client("ada") as ada:
+        conversation_id, cookie = ada.create_conversation(), ada.cookie
+        acknowledged = []
+        while (response := ada.send_message(conversation_id, text)).status == 201:
+            acknowledged += response.json
+            if len(acknowledged) == 6:
+                fill(filler)
+            assert len(acknowledged) < 200
+        assert is_unavailable(response)
+        for _ in range(3):
+            assert is_unavailable(ada.send_message(conversation_id, text))
+            assert ada.list_messages(conversation_id)[: len(acknowledged)] == acknowledged
+        filler.unlink()
+        wait_until(lambda: ada.send_message(conversation_id, text).status == 201)
+        wait_until(lambda: all("status" not in message for message in ada.list_messages(conversation_id)))
+        messages = ada.list_messages(conversation_id)
+        assert messages[: len(acknowledged)] == acknowledged
+        fill(filler)
+        assert is_unavailable(ada.send_message(conversation_id, text))
+        assert "Traceback" not in server.output
+    (small_disk / "other").mkdir()
+    assert re.fullmatch(UNUSABLE, run_expecting_failure([], f"sqlite:///{small_disk / 'other' / 'chat.db'}"))
+    filler.unlink()
+    with run_server(url) as server, server.client() as ada:
+        ada.cookie = cookie
+        assert ada.list_messages(conversation_id)[: len(messages)] == messages
+        assert is_healthy(server, ada, conversation_id)
+    with closing(sqlite3.connect(small_disk / "chat.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -1,0 +1,212 @@
+"""A page in Chromium, of another origin, that sends messages with fetch and follows replies with EventSource."""
+
+import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.conftest import CHEAP_HASH
+from tests.helpers.model_server import running
+from tests.helpers.server import COOKIE_NAME, TIMEOUT, Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+
+CHROMIUM_OPTIONS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+SCRIPT = """
+const API = `http://localhost:${location.hash.slice(1)}`;
+const json = {"Content-Type": "application/json"};
+
+async function call(method, path, body, headers = {}) {
+    const init = {method, credentials: "include", headers: {...json, ...headers}};
+    const response = await fetch(API + path, {...init, body: body && JSON.stringify(body)});
+    return {
+        status: response.status,
+        applied: response.headers.get("Preference-Applied"),
+        replayed: response.headers.get("Idempotent-Replayed"),
+        json: await response.json(),
+    };
+}
+
+// Send a message and read the stream until it has so many words; leave the rest unread.
+async function sendAndRead(path, text, words) {
+    const init = {method: "POST", credentials: "include", headers: {...json, Accept: "text/event-stream"}};
+    const response = await fetch(API + path, {...init, body: JSON.stringify({text})});
+    const reader = response.body.getReader(), decoder = new TextDecoder();
+    let received = "";
+    while ((received.match(/event: delta/g) ?? []).length < words) {
+        const {done, value} = await reader.read();
+        if (done) break;
+        received += decoder.decode(value, {stream: true});
+    }
+    return received;
+}
+
+// Follow a reply until the server tells the browser not to connect again.
+function follow(path) {
+    const source = new EventSource(API + path, {withCredentials: true});
+    const result = {text: "", starts: [], dones: [], errors: [], connections: 0};
+    window.source = source;
+    window.result = result;
+    source.onopen = () => result.connections++;
+    source.addEventListener("start", event => result.starts.push(JSON.parse(event.data)));
+    source.addEventListener("delta", event => result.text += JSON.parse(event.data).text);
+    source.addEventListener("done", event => result.dones.push(JSON.parse(event.data)));
+    source.addEventListener("error", event => {
+        if (event.data) result.errors.push(JSON.parse(event.data));
+    });
+}
+"""
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """Sends the page."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(f"<!DOCTYPE html><title>Chat</title><script>{SCRIPT}</script>".encode())
+
+    def log_message(self, *args):
+        """Log nothing."""
+
+
+class ChatPage:
+    """A page of another origin with the session of ada, and the conversation that it shows."""
+
+    def __init__(self, context, origin, server):
+        with server.client() as ada:
+            ada.signup("ada")
+            assert ada.login("ada").status == 200
+            self.conversation_id = ada.create_conversation()
+            value = ada.cookie.removeprefix(f"{COOKIE_NAME}=")
+        self.path = f"/api/conversations/{self.conversation_id}/messages"
+        context.add_cookies([{"name": COOKIE_NAME, "value": value, "url": f"http://localhost:{server.port}"}])
+        self.page = context.new_page()
+        self.page.set_default_timeout(TIMEOUT * 1000)
+        self.errors = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(f"{origin}/#{server.port}")
+
+    def call(self, method, path, body=None, **headers):
+        """Make a request with fetch; return its status, JSON and some headers."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.page.evaluate("request => call(...request)", [method, path, body, headers])
+
+    def list_messages(self):
+        return self.call("GET", self.path)["json"]
+
+    def follow(self, message_id):
+        """Begin to follow a reply with EventSource."""
+        self.page.evaluate("follow", f"{self.path}/{message_id}/events")
+
+    def wait_for_word(self, word):
+        self.page.wait_for_function("word => result.text.includes(word)", arg=f"{word} ")
+
+    def wait_for_end(self):
+        """Return what EventSource received until it stopped connecting."""
+        self.page.wait_for_function("source.readyState === EventSource.CLOSED")
+        return self.page.evaluate("result")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def origin():
+    """The origin of the page."""
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), PageHandler)) as page_server:
+        yield f"http://localhost:{page_server.server_port}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, origin):
+    database = tmp_path_factory.mktemp("event_source") / "chat.db"
+    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH, CORS_ORIGINS=origin)
+    yield server
+    server.kill()
+    assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def chat(browser, origin, server):
+    context = browser.new_context()
+    chat = ChatPage(context, origin, server)
+    yield chat
+    context.close()
+    assert chat.errors == []
+
+
+def test_page_reloaded_in_mid_answer_follows_it_to_the_end(chat):
+    received = chat.page.evaluate("path => sendAndRead(path, '/slow 6', 2)", chat.path)
+    assert received.startswith("event: start\n")
+    chat.page.reload()
+    question, reply = chat.list_messages()
+    assert (question["text"], reply["status"]) == ("/slow 6", "in_progress")
+    assert reply["text"].startswith("1 ")
+    chat.follow(reply["id"])
+    result = chat.wait_for_end()
+    assert result["text"] == "1 2 3 4 5 6 "
+    assert [[message["id"] for message in pair] for pair in result["starts"]] == [[question["id"], reply["id"]]]
+    assert result["dones"] == [chat.list_messages()]
+    assert "status" not in result["dones"][0][1]
+    assert result["errors"] == []
+    assert result["connections"] == 1  # the second one got 204
+
+
+def test_page_stops_reply_that_it_follows(chat):
+    sent = chat.call("POST", chat.path, {"text": "/slow 60"}, Prefer="respond-async")
+    assert (sent["status"], sent["applied"]) == (202, "respond-async")
+    reply = sent["json"][1]
+    chat.follow(reply["id"])
+    chat.wait_for_word("2")
+    stopped = chat.call("POST", f"{chat.path}/{reply['id']}/stop")
+    assert (stopped["status"], stopped["json"]["status"]) == (200, "stopped")
+    result = chat.wait_for_end()
+    assert result["text"] == stopped["json"]["text"]
+    assert result["dones"] == [[sent["json"][0], stopped["json"]]]
+    assert chat.list_messages()[1] == stopped["json"]
+
+
+def test_page_regenerates_reply(chat):
+    question, reply = chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["json"]
+    assert chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["replayed"] == "true"
+    started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 2"}, Prefer="respond-async")
+    assert started["status"] == 202
+    assert started["json"][1]["id"] != reply["id"]
+    chat.follow(question["id"])
+    result = chat.wait_for_end()
+    assert result["text"] == "1 2 "
+    assert result["dones"] == [chat.list_messages()]
+    assert result["dones"][0][1]["id"] == started["json"][1]["id"]
+
+
+def test_page_edits_message(chat):
+    question, reply = chat.call("POST", chat.path, {"text": "Hello"})["json"]
+    chat.call("POST", chat.path, {"text": "Later"})
+    started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 3"}, Prefer="respond-async")["json"]
+    assert chat.list_messages()[:2] == [question, reply]
+    chat.follow(started[1]["id"])
+    result = chat.wait_for_end()
+    assert result["text"] == "1 2 3 "
+    assert result["dones"] == [chat.list_messages()]
+    assert [message["text"] for message in chat.list_messages()] == ["/slow 3", "1 2 3 "]
+
+
+def test_page_reads_why_reply_failed(chat):
+    sent = chat.call("POST", chat.path, {"text": "/drop 3"})
+    assert (sent["status"], sent["json"][1]["status"]) == (201, "failed")
+    chat.follow(sent["json"][1]["id"])
+    result = chat.wait_for_end()
+    assert result["text"] == "1 2 3 "
+    assert result["errors"] == [{"error": "The bot failed to answer"}]
+    assert result["dones"] == []

@@ -1,0 +1,177 @@
+"""Request ids and the log."""
+
+import json
+import re
+from datetime import datetime
+
+import pytest
+from flask.logging import default_handler
+
+from tests.conftest import create_logged_in_client, on_sqlite
+from tests.helpers.statuses import fail_as_told, request_every_status
+
+pytestmark = on_sqlite
+LINE = re.compile(r"(?P<time>\S+) (?P<level>[A-Z]+) \[(?P<request_id>[\w.-]+)\] (?P<message>.+)")
+REQUEST = re.compile(r"(?P<method>[A-Z]+) (?P<path>\S+) (?P<status>\d{3}) (?P<ms>\d+\.\d) ms user=(?P<user>\S+)")
+
+
+@pytest.fixture
+def log_app(make_app):
+    """A function that returns an application whose log is on the standard error output."""
+    apps = []
+
+    def make(**settings):
+        apps.append(make_app(fail_as_told, LOGIN_RATE_LIMIT="1 per minute", **settings))
+        apps[-1].logger.addHandler(default_handler)
+        return apps[-1]
+
+    yield make
+    for app in apps:
+        app.logger.removeHandler(default_handler)
+
+
+def parse_lines(text):
+    """Return the groups of each line of the log; each must have the documented form."""
+    return [LINE.fullmatch(line).groupdict() for line in text.splitlines()]
+
+
+# Request ids
+
+
+def test_every_response_has_a_request_id_of_its_own(log_app):
+    responses = request_every_status(log_app())
+    ids = {response.headers["X-Request-ID"] for response in responses}
+    assert len(ids) == len(responses)
+    assert all(re.fullmatch("[0-9a-f]{16}", id) for id in ids)
+
+
+@pytest.mark.parametrize("request_id", ["abc-1.2_3", "a" * 64, "1"])
+def test_valid_request_id_of_the_client_is_kept(client, request_id):
+    response = client.get("/api/test", headers={"X-Request-ID": request_id})
+    assert response.headers["X-Request-ID"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", " ", "a b", "a" * 65, "é", "<script>", "a;b", "a\tb", "[x]"])
+def test_invalid_request_id_of_the_client_is_replaced(client, request_id):
+    response = client.get("/api/test", headers={"X-Request-ID": request_id})
+    assert re.fullmatch("[0-9a-f]{16}", response.headers["X-Request-ID"])
+
+
+# The log
+
+
+def test_each_request_is_one_line_of_the_log(log_app, capsys):
+    client = create_logged_in_client(log_app(), "ada")
+    conversation_id = client.create_conversation()
+    capsys.readouterr()
+    path = f"/api/conversations/{conversation_id}"
+    responses = {
+        ("GET", "/api/conversations", "200", "1"): client.get("/api/conversations?q=secret"),
+        ("POST", f"{path}/messages", "201", "1"): client.send_message(conversation_id),
+        ("DELETE", path, "204", "1"): client.delete(path),
+        ("POST", "/api/logout/99", "403", "1"): client.post("/api/logout/99"),
+        ("GET", "/unknown", "404", None): client.get("/unknown"),
+        ("PUT", "/api/login", "405", None): client.put("/api/login"),
+        ("POST", "/api/logout/1", "200", "1"): client.logout(),
+        ("GET", "/api/current_user", "401", None): client.get("/api/current_user"),
+    }
+    lines = parse_lines(capsys.readouterr().err)
+    for ((method, path, status, user), response), line in zip(responses.items(), lines, strict=True):
+        assert line["level"] == "INFO"
+        assert line["request_id"] == response.headers["X-Request-ID"]
+        assert datetime.fromisoformat(line["time"]).tzinfo
+        fields = REQUEST.fullmatch(line["message"]).groupdict()
+        assert (fields["method"], fields["path"], fields["status"]) == (method, path, status)
+        assert fields["user"] == user if user else not fields["user"].isdigit()
+        assert 0 <= float(fields["ms"]) < 60_000
+
+
+def test_log_format_json_is_one_object_for_each_request(log_app, capsys):
+    client = create_logged_in_client(log_app(LOG_FORMAT="json"), "ada")
+    capsys.readouterr()
+    client.get("/api/conversations", headers={"X-Request-ID": "my-id"})
+    [line] = capsys.readouterr().err.splitlines()
+    fields = json.loads(line)
+    assert datetime.fromisoformat(fields.pop("time")).tzinfo
+    assert 0 <= fields.pop("duration_ms") < 60_000
+    assert re.fullmatch(r"GET /api/conversations 200 \d+\.\d ms user=1", fields.pop("message"))
+    assert fields == {
+        "level": "INFO",
+        "logger": "app.requests",
+        "request_id": "my-id",
+        "method": "GET",
+        "path": "/api/conversations",
+        "status": 200,
+        "user_id": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/api/login", {"username": "ada", "password": "wrong"}),
+        ("POST", "/api/conversations/1/messages", {"text": "fail"}),
+        ("POST", "/api/conversations/1/messages", {"text": "crash"}),
+    ],
+)
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_every_line_of_a_request_has_its_request_id(log_app, capsys, log_format, method, path, body):
+    client = create_logged_in_client(log_app(LOG_FORMAT=log_format), "ada")
+    client.create_conversation()
+    capsys.readouterr()
+    client.open(path, method=method, json=body, headers={"X-Request-ID": "my-id"})
+    output = capsys.readouterr().err
+    if log_format == "json":
+        ids = [json.loads(line)["request_id"] for line in output.splitlines()]
+    else:
+        ids = re.findall(r"^\S+ [A-Z]+ \[(.*?)\]", output, re.MULTILINE)
+    assert ids == ["my-id"] * 2
+
+
+def test_traceback_in_json_is_a_field_of_one_line(log_app, capsys):
+    client = create_logged_in_client(log_app(LOG_FORMAT="json"), "ada")
+    client.send_message(client.create_conversation(), "crash")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert ["RuntimeError: the cause" in line["exception"] for line in lines if "exception" in line] == [True]
+
+
+def test_health_is_not_logged(log_app, capsys):
+    client = log_app().test_client()
+    client.get("/api/health")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_log_contains_no_password_text_name_query_or_cookie(log_app, capsys, log_format):
+    client = log_app(LOG_FORMAT=log_format).test_client()
+    client.signup("USERNAME", "PASSWORD")
+    client.login("PASSWORD", "PASSWORD")
+    client.login("USERNAME", "PASSWORD wrong")
+    client.post("/api/login", json=["PASSWORD"])
+    client.post("/api/login", data='{"password": "PASSWORD', content_type="application/json")
+    client.post("/api/login?password=PASSWORD")
+    client.login("USERNAME", "PASSWORD")
+    client = create_logged_in_client(client.application, "bob")
+    conversation_id = client.create_conversation("NAME")
+    client.send_message(conversation_id, "TEXT")
+    client.send_message(999, "TEXT")
+    client.send_message(conversation_id, {"TEXT": "TEXT"})
+    client.get("/api/conversations?q=TEXT")
+    client.put("/api/password", json={"current_password": "PASSWORD", "new_password": "PASSWORD"})
+    output = capsys.readouterr().err
+    assert output.count("\n") >= 15
+    assert not re.search("USERNAME|PASSWORD|TEXT|NAME|correct horse", output)
+    assert client.session_cookie not in output
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize(
+    "path", ["/a%0AINFO GET /forged", "/a%0D%0Aforged", "/a\x85forged", "/%1b[31mforged", "/a%E2%80%A8forged", "/a b é"]
+)
+def test_path_cannot_forge_a_line_of_the_log(log_app, capsys, log_format, path):
+    log_app(LOG_FORMAT=log_format).test_client().get(path)
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert output.rstrip("\n").isprintable()
+    if log_format == "text":
+        assert REQUEST.fullmatch(parse_lines(output)[0]["message"])
