@@ -162,7 +162,7 @@ class ReplyStream:
 class Exchange:
     """A request to the model server and its response, which another thread can abort.
 
-    One may follow the other, but only after `release()`.
+    After `release()` it can send another request.
     """
 
     def __init__(self, server):

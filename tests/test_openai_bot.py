@@ -13,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated, create_bot
+from app.openai_bot import Exchange
 from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
 from tests.helpers.model_server import DONE, ModelServer, chunk, cut, cut_in_event, drip, end, event, running, stall
-from tests.helpers.server import ROOT, TIMEOUT, find_free_port, wait_until
+from tests.helpers.server import ROOT, TIMEOUT, find_free_port, measure, wait_until
 from tests.helpers.tls import create_certificate
 
 HISTORY = [("user", "Hello"), ("bot", "Hello!"), ("user", "How are you?")]
@@ -234,7 +235,6 @@ def test_response_without_streaming_is_read(model, body, error):
         (["Hello"], [b"data: {nonsense\n\n"], "Hello", BotError),
         (["Hello"], [b"data: [5]\n\n"], "Hello", BotError),
         (["Hello"], [b"data: " + b"[" * 100_000 + b"\n\n"], "Hello", BotError),
-        (["Hello"], [b"data: " + b"x" * MAX_LINE_BYTES, b"x"], "Hello", BotError),
         (["Hello"], [b"<html>", end], "Hello", BotError),
     ],
     ids=lambda value: ascii(value)[:60],
@@ -244,6 +244,20 @@ def test_end_of_reply_is_judged_by_all_signs(model, script, ending, text, error)
     collected, raised = ask(model)
     assert (collected, type(raised)) == (text, error or type(None))
     assert SECRET not in str(raised)
+
+
+def test_stop_ends_reply_at_once(model, monkeypatch):
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", TIMEOUT)
+    model.ending = [STOP, stall]
+    seconds, result = measure(ask, model)
+    assert result == ("Hello there.", None)
+    assert seconds < TIMEOUT / 2
+
+
+def test_long_line_ends_response(model):
+    model.ending = [b"data: " + b"x" * MAX_LINE_BYTES, b"x", stall]
+    text, error = ask(model)
+    assert (text, str(error)) == ("Hello there.", "the model's response is too long")
 
 
 def test_endless_response_is_ended(model, monkeypatch):
@@ -456,13 +470,22 @@ def test_silence_raises_timeout_and_closes_connection(model, silence):
     assert model.wait_for_hang_up()
 
 
+def test_silence_before_reading_raises_timeout(model):
+    model.script = [stall]
+    reply = create_model_bot(model, BOT_TIMEOUT=0.3)(HISTORY)
+    assert model.wait_for_hang_up()
+    assert type(collect(reply)[1]) is BotTimeout
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_unresponsive_server_raises_timeout(scheme):
     with unresponsive_address(scheme) as url:
         assert type(collect(create_bot_for(url, BOT_TIMEOUT=0.5)(HISTORY))[1]) is BotTimeout
 
 
-@pytest.mark.parametrize("delta", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"content": "x"}])
+@pytest.mark.parametrize(
+    "delta", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"content": "x"}, {"content": [{"type": "thinking"}]}]
+)
 def test_reasoning_and_text_are_signs_of_life(model, delta):
     model.script = [step for _ in range(12) for step in (chunk(delta), lambda handler: time.sleep(0.25))]
     assert ask(model, BOT_TIMEOUT=2)[1] is None
@@ -501,6 +524,15 @@ def test_reply_cancelled_before_reading_is_empty(model):
     reply.cancel()
     assert list(reply) == []
     assert list(reply) == []
+
+
+def test_aborted_exchange_sends_no_request(model):
+    exchange = Exchange(create_model_bot(model).server)
+    exchange.abort()
+    with pytest.raises(ConnectionAbortedError):
+        exchange.send(b"{}")
+    exchange.release()
+    assert model.requests == []
 
 
 def test_close_of_unfinished_reply_closes_connection(model):
