@@ -8,7 +8,7 @@ from flask_sqlalchemy import SQLAlchemy
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.database import Base, Session, configure_engine, engine_options
-from config import Config
+from config import Config, ConfigError
 
 db = SQLAlchemy(model_class=Base, session_options={"class_": Session, "expire_on_commit": False})
 migrate = Migrate(db=db, render_as_batch=True)
@@ -31,21 +31,28 @@ def create_app(config=None, bot=None):
 
     app = Flask(__name__, static_folder=None)
     app.config.from_object(Config(config))
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(app.config["SQLALCHEMY_DATABASE_URI"])
+    url, connect_args = app.config["SQLALCHEMY_DATABASE_URI"], app.config["DATABASE_CONNECT_ARGS"]
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url, connect_args)
     app.json = OrjsonProvider(app)
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)
 
-    db.init_app(app)
+    try:
+        bot = bot or create_bot(app.config)
+        db.init_app(app)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
     with app.app_context():
         configure_engine(db.engine)
     migrate.init_app(app)
     login_manager.init_app(app)
     cors.init_app(app)
     security.rate_limiter.init_app(app)
-    app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    app.extensions["replies"] = ReplyManager(app, bot)
     errors.init_app(app)
     hooks.init_app(app)
     app.register_blueprint(auth.bp)

@@ -87,7 +87,7 @@ def canned_reply(text, previous):
     if text.endswith("?"):
         reply = f"You ask: “{shorten(text)}” A real model would know; this bot is simulated. Try /help."
     elif re.match(r"(hi|hello|hey|good (morning|day|evening))\b", text, re.IGNORECASE):
-        reply = "Hello! What would you like to talk about?"
+        reply = "Hello! What is on your mind?"
     else:
         reply = f"You say: “{shorten(text)}” Tell me more."
     return f"{reply} Before that you wrote: “{shorten(previous)}”" if previous else reply

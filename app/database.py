@@ -198,12 +198,12 @@ def partial_index(condition):
     return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
-def engine_options(url):
-    """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL; times are in seconds."""
+def engine_options(url, connect_args):
+    """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL and its further arguments; times are in seconds."""
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
         return {"connect_args": {"timeout": 0}, "max_overflow": -1}
-    return {"connect_args": {"connect_timeout": 5}, "pool_timeout": 10, "pool_pre_ping": True}
+    return {"connect_args": {"connect_timeout": 5, **connect_args}, "pool_timeout": 10, "pool_pre_ping": True}
 
 
 def configure_engine(engine):

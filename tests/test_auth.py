@@ -150,7 +150,7 @@ def test_login_returns_the_user_and_opens_a_session(client):
     assert (response.status_code, response.json) == (200, {"user": user})
 
 
-@pytest.mark.parametrize(("username", "password"), [("ada", "wrong"), ("nobody", PASSWORD), ("Ada", PASSWORD)])
+@pytest.mark.parametrize(("username", "password"), [("ada", "wrong"), ("unknown", PASSWORD), ("Ada", PASSWORD)])
 def test_login_with_wrong_password_or_unknown_username_returns_401(client, username, password):
     client.signup("ada")
     response = client.login(username, password)
@@ -159,7 +159,7 @@ def test_login_with_wrong_password_or_unknown_username_returns_401(client, usern
 
 
 @pytest.mark.parametrize(
-    ("username", "password", "status"), [("ada", PASSWORD, 200), ("ada", "wrong", 401), ("nobody", PASSWORD, 401)]
+    ("username", "password", "status"), [("ada", PASSWORD, 200), ("ada", "wrong", 401), ("unknown", PASSWORD, 401)]
 )
 def test_login_hashes_a_password_and_holds_no_connection_meanwhile(
     app, client, while_hashing, username, password, status

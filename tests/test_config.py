@@ -207,7 +207,7 @@ INVALID = {
         "postgresql://chat:s3cret@db:port/chat",
         "postgresql://chat:s3cret@one,two:port/chat",
         "postgresql://chat:s3cret@one,,two/chat",
-        "postgresql://db/chat?nonsense=s3cret",
+        "postgresql://db/chat?unknown=s3cret",
         "postgresql://db/chat?autocommit=1",
         "postgresql://db/chat?prepare_threshold=-1",
         "postgresql://db/chat?prepare_threshold=never",
@@ -245,7 +245,7 @@ INVALID = {
     "SIGNUP_RATE_LIMIT": ["unlimited", "0 per minute", "10 per minute; 50 per hour"],
     "RATE_LIMIT_STORAGE": [
         *("redis", "redis://", "memcached://cache", "redis://cache:port", "redis://cache:99999", "memory://x", 5),
-        *("redis://cache?socket_timeout=s3cret", "redis://cache?nonsense=1", "redis+unix://", "unix:///run/redis.sock"),
+        *("redis://cache?socket_timeout=s3cret", "redis://cache?unknown=1", "redis+unix://", "unix:///run/redis.sock"),
         *("redis+sentinel://one:26379", "redis+sentinel://one/service", "redis+cluster://one", "redis+cluster://"),
         *("redis+cluster://one:7000,two", "redis+cluster://one:port"),
     ],

@@ -164,7 +164,7 @@ def test_run_passes_arguments_to_gunicorn(start):
     [
         ("--help", 0, r"(?s)usage: .*--bind"),
         ("--version", 0, r"gunicorn \(version"),
-        ("--nonsense", 2, "unrecognized arguments: --nonsense"),
+        ("--unknown", 2, "unrecognized arguments: --unknown"),
         ("--workers=many", 2, "argument -w/--workers"),
         ("--limit-request-fields=-1", 1, "Value must be positive: -1"),
     ],
