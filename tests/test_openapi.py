@@ -484,8 +484,8 @@ def test_readme_table_lists_the_described_statuses():
     """Any operation may return 503 without a database, which the table does not repeat."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| *`([A-Z]+ /\S+)` *\|([^|]+)\|", readme, re.MULTILINE)
-    listed = {label: sorted(map(int, re.findall(r"\b\d{3}\b", statuses))) for label, statuses in rows}
-    assert listed == {operation.label: sorted(set(operation.responses) - {503}) for operation in OPERATIONS}
+    table = {label: sorted(map(int, re.findall(r"\b\d{3}\b", statuses))) for label, statuses in rows}
+    assert table == {operation.label: sorted(set(operation.responses) - {503}) for operation in OPERATIONS}
 
 
 @pytest.mark.parametrize("operation", [item for item in OPERATIONS if 304 in item.responses], ids=repr)

@@ -189,11 +189,13 @@ def textbook(url):
     return gunicorn(f"{name}:app", DATABASE_URL=url)
 
 
-def wrk(port, seconds, paths, cookie=None, body=None):
+def wrk(port, seconds, paths, cookie=None, body=None, etag=None):
     """Return how many requests a second are answered, over so many seconds, taking the paths in turn; all must be."""
     script = [f"local paths, turn = {{{', '.join(map(json.dumps, paths))}}}, 0", "local threads = 0"]
     if cookie:
         script.append(f'wrk.headers["Cookie"] = {json.dumps(cookie)}')
+    if etag:
+        script.append(f'wrk.headers["If-None-Match"] = {json.dumps(etag)}')
     if body:
         script.append('wrk.method = "POST"; wrk.headers["Content-Type"] = "application/json"')
         script.append(f"wrk.body = [==[{json.dumps(body)}]==]")

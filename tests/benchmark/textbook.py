@@ -14,6 +14,7 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 app = Flask(__name__)
 app.config["SECRET_KEY"] = "textbook"
+app.config["SESSION_COOKIE_NAME"] = "chatbot_session"  # the name that the benchmark's client keeps
 app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
 db = SQLAlchemy(app)
 login_manager = LoginManager(app)

@@ -50,7 +50,7 @@ const { data: edited } = await api.editMessage({
 });
 check(edited[0].text === "Hello once more" && edited[1].text !== "", "an edited message is answered");
 const { data: messages } = await api.listMessages({ path, query: { limit: 10 }, throwOnError: true });
-check(messages.map(({ sender }) => sender).join() === "user,bot,user,bot", "the messages are listed");
+check(messages.map(({ sender }) => sender).join() === "user,bot,user,bot", "the list has all messages");
 const { data: found } = await api.searchMessages({ query: { q: "once more", limit: 1 }, throwOnError: true });
 check(found[0]?.conversation.id === conversation.id, "the search finds the message");
 const missing = await api.getConversation({ path: { conversation_id: 999999 } });

@@ -64,8 +64,8 @@ for (let more = true; more; ) {
 }
 check(messages.map(({ sender }) => sender).join() === "user,bot,user,bot", "the pages are the whole history");
 const query = { limit: 20, messages: 1, q: "HELLO", order: "recent" } as const;
-const [listed] = unwrap(await api.GET("/api/conversations", { params: { query } }));
-check(listed?.messages.length === 1 && listed.updated_at !== undefined, "the search finds the conversation");
+const [recent] = unwrap(await api.GET("/api/conversations", { params: { query } }));
+check(recent?.messages.length === 1 && recent.updated_at !== undefined, "the search finds the conversation");
 const [found] = unwrap(await api.GET("/api/messages", { params: { query: { q: "again", limit: 1 } } }));
 check(found?.snippet.slice(found.match.start, found.match.end) === "again", "the search finds the message");
 const { users } = unwrap(await api.GET("/api/users/status"));

@@ -31,9 +31,9 @@ check(events.data.startsWith("event: start\n") && events.data.includes("event: d
 
 const edited = await api.editMessage(conversationId, accepted.data[0].id, { text: "Hello once more" });
 check(edited.status === 200 && edited.data[0].text === "Hello once more", "an edited message is answered");
-const listed = await api.listMessages(conversationId, { limit: 10 });
-if (listed.status !== 200) throw new Error("the messages are not listed");
-check(listed.data.map(({ sender }) => sender).join() === "user,bot,user,bot", "the messages are listed");
+const messages = await api.listMessages(conversationId, { limit: 10 });
+if (messages.status !== 200) throw new Error("the messages cannot be read");
+check(messages.data.map(({ sender }) => sender).join() === "user,bot,user,bot", "the list has all messages");
 const found = await api.searchMessages({ q: "once more", limit: 1 });
 check(found.status === 200 && found.data[0]?.conversation.id === conversationId, "the search finds the message");
 const missing = await api.getConversation(999999);
