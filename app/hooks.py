@@ -9,7 +9,7 @@ from urllib.parse import quote
 import orjson
 from flask import abort, current_app, g, has_app_context, request
 from flask.logging import default_handler
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from app.database import SAFE_METHODS
 
@@ -95,9 +95,11 @@ def read_body():
         # Werkzeug silently cuts a chunked body at the limit.
         is_chunked = request.content_length is None
         is_cut = is_chunked and size == request.max_content_length and request.environ["wsgi.input"].read(1)
+    except ClientDisconnected:
+        abort(400, "Incomplete request body")
     except RequestEntityTooLarge:
         raise
-    except Exception as error:  # gunicorn has several kinds for malformed chunks, Werkzeug one for an incomplete body
+    except Exception as error:  # gunicorn has several kinds for malformed chunks
         abort(400, f"The body cannot be read: {type(error).__name__}")
     if is_cut:
         abort(413)
