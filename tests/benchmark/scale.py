@@ -1,7 +1,7 @@
 """`python -m tests.benchmark.scale` fills a database as far as asked and measures it beside one of 1,000 messages.
 
 With TEST_DATABASE_URL it does so on PostgreSQL too. Both databases have the same reader, whose thousand messages lie
-scattered over all that was said meanwhile. Ten million messages take a few minutes and 2 GB of disk for each database.
+scattered over all others. Ten million messages take a few minutes and 2 GB of disk for each database.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Side:
             filler.conversations(conversations, f"(i - 1) % {users or 1} + 2")
             for part in range(MESSAGES):
                 first, last = (others * step // MESSAGES + 1 for step in (part, part + 1))
-                # Turn and turn about, as if everybody talked at once: what is said in a row is said here and there.
+                # Successive messages belong to different conversations, as if all users were active at once.
                 filler.messages(first, last - 1, f"i * 7919 % {conversations or 1} + {CONVERSATIONS + 1}")
                 filler.messages(1, CONVERSATIONS, "i")
                 note(f"{last - 1:,} messages after {time.monotonic() - began:.0f} s")
@@ -42,7 +42,7 @@ class Side:
         self.reader = self.program.login("reader")
 
     def list(self):
-        """List all on a page, which is read anew each time."""
+        """List all conversations on a page."""
         return milliseconds(self.reader, "GET", f"{LIST}?limit=100")
 
     def send(self):
@@ -50,9 +50,9 @@ class Side:
 
     def delete(self):
         """Delete a conversation of twenty messages."""
-        id = self.reader.create()
+        id = self.reader.create_conversation()
         for _ in range(MESSAGES // 2):
-            self.reader.send(id)
+            self.reader.send_message(id)
         return milliseconds(self.reader, "DELETE", f"{LIST}/{id}")
 
     def me(self):
@@ -66,7 +66,7 @@ def measure(name, messages, rounds):
     """Yield the rows for one database."""
     with ExitStack() as stack:
         few, many = (Side(stack, stack.enter_context(DATABASES[name]()), count) for count in (1000, messages))
-        for what, act in (
+        for what, func in (
             ("list 1,000 messages, on a page, ms", Side.list),
             ("send a message, ms", Side.send),
             ("delete a conversation of 20 messages, ms", Side.delete),
@@ -74,10 +74,10 @@ def measure(name, messages, rounds):
             (f"status of {many.users:,} users, against {few.users:,}, ms", Side.status),
         ):
 
-            def several(side, act=act):
-                return median(act(side) for _ in range(5))
+            def repeat(side, func=func):
+                return median(func(side) for _ in range(5))
 
-            figures = alternate(rounds, lambda: several(many), lambda: several(few))
+            figures = alternate(rounds, lambda: repeat(many), lambda: repeat(few))
             yield what, name, *figures, f"{figures[0] / figures[1]:.2f}"
         yield "size of the database, MB", name, many.size / 1e6, few.size / 1e6, number(many.size / few.size)
 

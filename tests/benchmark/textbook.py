@@ -24,8 +24,8 @@ def now():
     return datetime.now(UTC).replace(tzinfo=None)
 
 
-def iso(moment):
-    return moment and moment.isoformat() + "Z"
+def iso(timestamp):
+    return timestamp and timestamp.isoformat() + "Z"
 
 
 class User(UserMixin, db.Model):
