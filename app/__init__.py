@@ -1,10 +1,12 @@
 """The application factory and the extensions."""
 
 from flask import Flask
+from flask.sessions import SecureCookieSessionInterface
 from flask_cors import CORS
 from flask_login import LoginManager
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from itsdangerous import URLSafeSerializer
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.database import Base, Session, configure_engine, engine_options
@@ -14,6 +16,14 @@ db = SQLAlchemy(model_class=Base, session_options={"class_": Session, "expire_on
 migrate = Migrate(db=db, render_as_batch=True)
 login_manager = LoginManager()
 cors = CORS()
+
+
+class SessionInterface(SecureCookieSessionInterface):
+    """Flask's signed cookies without an age: the database ends sessions, and the servers' clocks need not agree."""
+
+    def get_signing_serializer(self, app):
+        options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
+        return URLSafeSerializer(app.secret_key, salt=self.salt, serializer=self.serializer, signer_kwargs=options)
 
 
 def create_app(config=None, bot=None):
@@ -34,6 +44,7 @@ def create_app(config=None, bot=None):
     url, connect_args = app.config["SQLALCHEMY_DATABASE_URI"], app.config["DATABASE_CONNECT_ARGS"]
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url, connect_args)
     app.json = OrjsonProvider(app)
+    app.session_interface = SessionInterface()
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:
