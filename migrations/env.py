@@ -38,9 +38,11 @@ def restore_last_ids(connection, last_ids):
     tables = inspect(connection).get_table_names()
     current = get_last_ids(connection)
     for table in last_ids.keys() & tables:
-        last_id = max(last_ids[table], current.get(table, 0))
-        connection.exec_driver_sql("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
-        connection.exec_driver_sql("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last_id))
+        if current.get(table, 0) < last_ids[table]:  # a database that is up to date may be read-only
+            connection.exec_driver_sql("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+            connection.exec_driver_sql(
+                "INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last_ids[table])
+            )
 
 
 def connect():
