@@ -287,9 +287,11 @@ class ReplyManager:
         chunk = chunk.replace("\0", "").encode("utf-8", "ignore").decode()  # what databases cannot store
         if not reply.length:
             chunk = chunk.lstrip()
-            if chunk and reply.exchange.replaces_id:
-                self.apply_edit(reply)
-        return reply.append(chunk) if chunk else reply.status == "in_progress"
+        if not chunk or reply.status != "in_progress":
+            return reply.status == "in_progress"
+        if reply.exchange.replaces_id:
+            self.apply_edit(reply)
+        return reply.append(chunk)
 
     def apply_edit(self, reply):
         """Apply the edit that a reply belongs to, or end the reply if the edited message was deleted."""

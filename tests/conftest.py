@@ -19,7 +19,7 @@ os.environ.update(dict.fromkeys(SETTINGS, ""))
 
 from app import create_app, db
 from tests.helpers.bots import Gate, ScriptedBot
-from tests.helpers.server import Server, run_all
+from tests.helpers.server import Server, run_all, wait_until
 
 PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"
@@ -176,6 +176,7 @@ def make_app(database):
     for app in apps:
         app.extensions["replies"].shutdown(timeout=0)
         with app.app_context():
+            wait_until(lambda: db.engine.pool.checkedout() == 0)  # the thread of a reply may be slow
             db.engine.dispose()
 
 
