@@ -32,43 +32,59 @@ def create_app(config=None, bot=None):
     `config`: a mapping of settings that take precedence over the environment. `bot`: a function that replies in place
     of the one that the settings choose, see app/bot.py. Raises ConfigError if a setting is invalid.
     """
-    from app import cli, errors, hooks, security
-    from app.bot import create_bot
-    from app.replies import ReplyManager
     from app.responses import OrjsonProvider
-    from app.routes import auth, chat, docs
     from app.validation import IdConverter
 
     app = Flask(__name__, static_folder=None)
     app.config.from_object(Config(config))
-    url, connect_args = app.config["SQLALCHEMY_DATABASE_URI"], app.config["DATABASE_CONNECT_ARGS"]
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url, connect_args)
     app.json = OrjsonProvider(app)
     app.session_interface = SessionInterface()
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)
+    init_database(app)
+    init_extensions(app, bot)
+    register_routes(app)
+    return app
 
+
+def init_database(app):
+    """Set up the database connections. Raises ConfigError if the folder of a SQLite file cannot be created."""
+    url, connect_args = app.config["SQLALCHEMY_DATABASE_URI"], app.config["DATABASE_CONNECT_ARGS"]
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url, connect_args)
     try:
-        bot = bot or create_bot(app.config)
         db.init_app(app)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
     with app.app_context():
         configure_engine(db.engine)
+
+
+def init_extensions(app, bot):
+    """Set up the other extensions, and the bot. Raises ConfigError if the model's server cannot be used."""
+    from app.bot import create_bot
+    from app.replies import ReplyManager
+    from app.security import rate_limiter
+
     migrate.init_app(app)
     login_manager.init_app(app)
     cors.init_app(app)
-    security.rate_limiter.init_app(app)
-    app.extensions["replies"] = ReplyManager(app, bot)
+    rate_limiter.init_app(app)
+    try:
+        app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def register_routes(app):
+    """Register the blueprints, the commands, and what happens around every request."""
+    from app import cli, errors, hooks
+    from app.routes import auth, chat, docs
+
     errors.init_app(app)
     hooks.init_app(app)
-    app.register_blueprint(auth.bp)
-    app.register_blueprint(chat.bp)
-    app.register_blueprint(docs.bp)
+    for module in (auth, chat, docs):
+        app.register_blueprint(module.bp)
     app.cli.add_command(cli.demo)
     app.cli.add_command(cli.users)
-    return app

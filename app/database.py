@@ -141,8 +141,8 @@ def format_timestamp(timestamp):
     return timestamp.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-class utcnow(FunctionElement):
-    """`utcnow(seconds)` is the time so many seconds from now by the clock of the database, which all servers share."""
+class database_now(FunctionElement):
+    """`database_now(seconds)` is the time so many seconds from now by the database's clock, which all servers share."""
 
     type = UTCDateTime()
     inherit_cache = True
@@ -151,13 +151,13 @@ class utcnow(FunctionElement):
         super().__init__(literal_column(str(seconds)))
 
 
-@compiles(utcnow, "sqlite")
-def compile_utcnow_for_sqlite(element, compiler, **kw):
+@compiles(database_now, "sqlite")
+def compile_database_now_for_sqlite(element, compiler, **kw):
     return f"strftime('%Y-%m-%dT%H:%M:%f000Z', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
 
 
-@compiles(utcnow, "postgresql")
-def compile_utcnow_for_postgresql(element, compiler, **kw):
+@compiles(database_now, "postgresql")
+def compile_database_now_for_postgresql(element, compiler, **kw):
     return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
 
 

@@ -11,7 +11,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, Se
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
-from app.database import autocommit, utcnow
+from app.database import autocommit, database_now
 from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
@@ -124,7 +124,7 @@ class StoredReply:
 
     def load(self, offset=0):
         """Return a row: text from a character on, status, and whether the process that generated it was killed."""
-        is_abandoned = Message.heartbeat_at < utcnow(-HEARTBEAT_TIMEOUT)
+        is_abandoned = Message.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT)
         columns = (
             func.substr(Message.text, offset + 1).label("text"),
             Message.status,

@@ -19,12 +19,12 @@ from app.database import (
     UTCDateTime,
     autocommit,
     contains,
+    database_now,
     fold_case,
     format_timestamp,
     iso8601,
     json_array,
     json_object,
-    utcnow,
 )
 from app.models import Message
 from tests.conftest import DATABASES, create_logged_in_client
@@ -95,11 +95,13 @@ def test_timestamp_that_is_none_stays_none(app):
 
 
 @pytest.mark.parametrize("seconds", [0, -30, 90])
-def test_utcnow_is_the_current_time_plus_seconds(app, seconds):
-    [value] = evaluate(app, utcnow(seconds))
+def test_database_now_is_the_current_time_plus_seconds(app, seconds):
+    [value] = evaluate(app, database_now(seconds))
     assert value.tzinfo == UTC
     assert abs(datetime.now(UTC) + timedelta(seconds=seconds) - value) < timedelta(seconds=TIMEOUT)
-    earlier, later = evaluate(app, utcnow(seconds) < utcnow(seconds + 3600), utcnow(seconds) < utcnow(seconds - 3600))
+    earlier, later = evaluate(
+        app, database_now(seconds) < database_now(seconds + 3600), database_now(seconds) < database_now(seconds - 3600)
+    )
     assert (bool(earlier), bool(later)) == (True, False)
 
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import autocommit, contains, fold_case, json_array, utcnow
+from app.database import autocommit, contains, database_now, fold_case, json_array
 from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
@@ -149,7 +149,7 @@ SAVE_REPLY = (
     .values(
         text=bindparam("new_text"),
         status=bindparam("new_status"),
-        heartbeat_at=case((bindparam("new_status") == "in_progress", utcnow())),
+        heartbeat_at=case((bindparam("new_status") == "in_progress", database_now())),
     )
 )
 
@@ -157,7 +157,7 @@ SAVE_REPLY = (
 RESTART_REPLY = (
     update(Message.__table__)
     .where(Message.id == bindparam("reply_id"), Message.status == "failed")
-    .values(text="", status="in_progress", heartbeat_at=utcnow(), stop_requested=False)
+    .values(text="", status="in_progress", heartbeat_at=database_now(), stop_requested=False)
 )
 
 
@@ -176,7 +176,7 @@ def insert_exchange():
         bindparam("key", type_=Message.idempotency_key.type),
         null(),
     )
-    reply = select(*both, literal("bot"), literal(""), literal("in_progress"), null(), utcnow())
+    reply = select(*both, literal("bot"), literal(""), literal("in_progress"), null(), database_now())
     columns = ["conversation_id", "created_at", "replaces_id", "sender", "text", "status", "idempotency_key"]
     rows = union_all(question, reply)
     insertion = insert(Message.__table__).from_select([*columns, "heartbeat_at"], rows, include_defaults=False)
@@ -371,7 +371,7 @@ def save_replies(rows):
 def save_heartbeats(ids):
     """Record that replies in progress are being generated, though there is nothing new of them; commit."""
     in_progress = (Message.id.in_(ids)) & (Message.status == "in_progress")
-    db.session.execute(update(Message).where(in_progress).values(heartbeat_at=utcnow()))
+    db.session.execute(update(Message).where(in_progress).values(heartbeat_at=database_now()))
     db.session.commit()
 
 
@@ -385,7 +385,7 @@ def list_in_progress():
 def fail_abandoned():
     """End the replies whose process was killed. An edit that was not applied yet is deleted."""
     messages = Message.__table__
-    abandoned = (messages.c.status == "in_progress") & (messages.c.heartbeat_at < utcnow(-HEARTBEAT_TIMEOUT))
+    abandoned = (messages.c.status == "in_progress") & (messages.c.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT))
     with autocommit(db.engine).connect() as connection:
         rows = connection.execute(select(messages).where(abandoned)).all()
     if not rows:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import CHEAP_HASH
+from tests.helpers.server import Server
+
 CHROMIUM_OPTIONS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -28,3 +31,12 @@ def browser():
         browser = driver.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The program, served on a SQLite database for all tests of a module."""
+    database = tmp_path_factory.mktemp("server") / "chat.db"
+    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH)
+    yield server
+    server.kill()

@@ -1,7 +1,6 @@
 """The documentation page in Chromium."""
 
 import json
-import shutil
 import threading
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
@@ -10,16 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.helpers.server import TIMEOUT, Server
+from tests.helpers.server import TIMEOUT
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-
-CHROMIUM_OPTIONS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--host-resolver-rules=MAP chat.example.com 127.0.0.1",
-]
 PHONE = {"width": 390, "height": 844}
 RECORD_VIOLATIONS = """
 window.violations = [];
@@ -59,22 +50,6 @@ class DocsPage:
     def width(self):
         """Return the width of the page's content."""
         return self.page.evaluate("document.documentElement.scrollWidth")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    database = tmp_path_factory.mktemp("docs") / "chat.db"
-    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD="pbkdf2:sha256:1")
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A page in Chromium, of another origin, that sends messages with fetch and follows replies with EventSource."""
 
-import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -9,13 +8,6 @@ from tests.conftest import CHEAP_HASH
 from tests.helpers.model_server import running
 from tests.helpers.server import COOKIE_NAME, TIMEOUT, Server
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-
-CHROMIUM_OPTIONS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 SCRIPT = """
 const API = `http://localhost:${location.hash.slice(1)}`;
 const json = {"Content-Type": "application/json"};
@@ -111,14 +103,6 @@ class ChatPage:
         """Return what EventSource received until it stopped connecting."""
         self.page.wait_for_function("source.readyState === EventSource.CLOSED")
         return self.page.evaluate("result")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

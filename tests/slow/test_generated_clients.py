@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers.server import ROOT, TIMEOUT, Server
+from tests.helpers.server import ROOT, TIMEOUT
 
 SOURCES = ("package.json", "tsconfig.json", "setup.ts", "openapi-typescript.ts", "hey-api.ts", "orval.ts")
 GENERATORS = ("openapi-typescript", "hey-api", "orval")
@@ -33,14 +33,6 @@ def run_npm(folder, *arguments):
     """Run npm in a folder and assert that it succeeds."""
     process = run(folder, "npm", *arguments)
     assert process.returncode == 0, process.stdout + process.stderr
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    database = tmp_path_factory.mktemp("typescript") / "chat.db"
-    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD="pbkdf2:sha256:1")
-    yield server
-    server.kill()
 
 
 @pytest.fixture(scope="module")
