@@ -21,9 +21,16 @@ cors = CORS()
 class SessionInterface(SecureCookieSessionInterface):
     """Flask's signed cookies without an age: the database ends sessions, and the servers' clocks need not agree."""
 
-    def get_signing_serializer(self, app):
+    def __init__(self, secret_key):
         options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
-        return URLSafeSerializer(app.secret_key, salt=self.salt, serializer=self.serializer, signer_kwargs=options)
+        self.signing_serializer = URLSafeSerializer(secret_key, self.salt, self.serializer, signer_kwargs=options)
+
+    def get_signing_serializer(self, app):
+        return self.signing_serializer
+
+    def save_session(self, app, session, response):
+        if session.modified:  # else there is nothing to do: all responses have `Vary: Cookie`
+            super().save_session(app, session, response)
 
 
 def create_app(config=None, bot=None):
@@ -38,7 +45,7 @@ def create_app(config=None, bot=None):
     app = Flask(__name__, static_folder=None)
     app.config.from_object(Config(config))
     app.json = OrjsonProvider(app)
-    app.session_interface = SessionInterface()
+    app.session_interface = SessionInterface(app.secret_key)
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:

@@ -14,7 +14,6 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator
 
 MAX_ID = 2**63 - 1
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -32,28 +31,18 @@ POSTGRESQL_SETTINGS = "; ".join(
 )
 
 
-class UTCDateTime(TypeDecorator):
-    """A timestamp in UTC with microseconds, always aware.
+class SQLiteDateTime(sqlite.DATETIME):
+    """A timestamp as text in ISO 8601, which sorts by time. C code converts it, ten times as fast as SQLAlchemy's."""
 
-    SQLite has no such type: there it is text in ISO 8601, which sorts by time.
-    """
+    def bind_processor(self, dialect):
+        return lambda value: value and format_timestamp(value)
 
-    impl = DateTime(timezone=True)
-    cache_ok = True
+    def result_processor(self, dialect, coltype):
+        return lambda value: value and datetime.fromisoformat(value)
 
-    def load_dialect_impl(self, dialect):
-        if dialect.name != "sqlite":
-            return self.impl
-        return sqlite.DATETIME(
-            storage_format="%(year)04d-%(month)02d-%(day)02dT%(hour)02d:%(minute)02d:%(second)02d.%(microsecond)06dZ",
-            regexp=r"(\d+)-(\d+)-(\d+)T(\d+):(\d+):(\d+)\.(\d+)Z",
-        )
 
-    def process_bind_param(self, value, dialect):
-        return value and value.astimezone(UTC)
-
-    def process_result_value(self, value, dialect):
-        return value and (value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC))
+# A timestamp with microseconds, always aware.
+Timestamp = DateTime(timezone=True).with_variant(SQLiteDateTime(), "sqlite")
 
 
 class Base(DeclarativeBase):
@@ -70,7 +59,7 @@ class Base(DeclarativeBase):
             }
         ),
         # SQLite generates 64-bit keys only for a column declared INTEGER.
-        type_annotation_map={int: BigInteger().with_variant(Integer, "sqlite"), datetime: UTCDateTime},
+        type_annotation_map={int: BigInteger().with_variant(Integer, "sqlite"), datetime: Timestamp},
     )
 
 
@@ -86,7 +75,13 @@ class Session(FlaskSession):
 
 @lru_cache(maxsize=8)  # a session uses one connection for each engine object
 def autocommit(engine):
-    """Return the engine in autocommit mode: PostgreSQL then needs no BEGIN and ROLLBACK, SQLite no lock."""
+    """Return the engine in autocommit mode, to read: PostgreSQL then needs no BEGIN and ROLLBACK, SQLite no lock.
+
+    SQLite's driver begins no transaction for a SELECT. Its own AUTOCOMMIT level would take a tenth of a request to
+    set and reset.
+    """
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(begin_immediate=False)
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
@@ -100,6 +95,7 @@ class json_object(FunctionElement):
     inherit_cache = True
 
     def __init__(self, **items):
+        self.names = tuple(items)
         super().__init__(*(part for name, value in items.items() for part in (literal_column(f"'{name}'"), value)))
 
 
@@ -110,7 +106,10 @@ def compile_json_object_for_sqlite(element, compiler, **kw):
 
 @compiles(json_object, "postgresql")
 def compile_json_object_for_postgresql(element, compiler, **kw):
-    return f"CAST(json_build_object({compiler.process(element.clauses, **kw)}) AS TEXT)"
+    # json_build_object() would take a fifth longer.
+    template = ", ".join(f'"{name}": %s' for name in element.names)
+    values = [func.coalesce(func.to_json(value), literal_column("'null'")) for value in list(element.clauses)[1::2]]
+    return compiler.process(func.format(literal_column(f"'{{{template}}}'"), *values), **kw)
 
 
 def json_array(column):
@@ -137,14 +136,14 @@ def compile_iso8601_for_postgresql(element, compiler, **kw):
 
 
 def format_timestamp(timestamp):
-    """Return a datetime in UTC as iso8601() does."""
-    return timestamp.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """Return an aware datetime as iso8601() does."""
+    return timestamp.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class database_now(FunctionElement):
     """`database_now(seconds)` is the time so many seconds from now by the database's clock, which all servers share."""
 
-    type = UTCDateTime()
+    type = Timestamp
     inherit_cache = True
 
     def __init__(self, seconds=0):
@@ -233,7 +232,7 @@ def configure_postgresql(connection, record):
 
 def begin_immediate(connection):
     """Begin a transaction on SQLite with the write lock, so that it cannot fail halfway because of another one."""
-    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+    if connection.get_execution_options().get("begin_immediate", True):
         retry_while_locked(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"), OperationalError)
 
 

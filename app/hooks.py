@@ -3,6 +3,7 @@
 import logging
 import re
 import secrets
+import sys
 import time
 from urllib.parse import quote
 
@@ -16,6 +17,12 @@ from app.database import SAFE_METHODS
 CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
 HSTS_MAX_AGE = 31536000  # seconds: a year
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "Vary": "Origin, Cookie",
+}
 UNLOGGED_ENDPOINTS = ("auth.health",)
 logger = logging.getLogger("app.requests")
 
@@ -53,6 +60,7 @@ def init_app(app):
     app.after_request(after_request)
     app.logger.setLevel(logging.INFO)
     formatter = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
+    default_handler.setStream(sys.stderr)  # finding each request's own stream would take longer than writing to it
     default_handler.setFormatter(formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT))
 
 
@@ -110,13 +118,10 @@ def read_body():
 def after_request(response):
     """Add the headers that every response has, and log the request."""
     headers = response.headers
-    headers["X-Request-ID"] = g.get("request_id", "-")
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Referrer-Policy"] = "no-referrer"
-    headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    headers.extend(HEADERS)
+    headers.add("X-Request-ID", g.request_id)
     headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
     headers.setdefault("Cache-Control", "no-store")
-    response.vary.update(["Origin", "Cookie"])
     if request.is_secure:
         headers["Strict-Transport-Security"] = f"max-age={HSTS_MAX_AGE}"
     if request.endpoint not in UNLOGGED_ENDPOINTS:

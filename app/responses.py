@@ -23,8 +23,8 @@ class OrjsonProvider(JSONProvider):
 
 
 def hash_version(version):
-    """Return the ETag of what changes whenever a response does, such as rows of ids and timestamps."""
-    return hashlib.blake2b(repr(version).encode(), digest_size=16).hexdigest()
+    """Return the ETag of what changes whenever a response does: a text, or a list of ids and timestamps."""
+    return hashlib.blake2b(orjson.dumps(version), digest_size=16).hexdigest()
 
 
 def is_not_modified(etag):
@@ -43,11 +43,6 @@ def conditional_response(body, etag, next_page=None):
     if next_page:
         response.headers["Link"] = f'<?{urlencode({**request.args, **next_page})}>; rel="next"'
     return response
-
-
-def not_modified(etag):
-    """Return the 304 response for an ETag that the client has."""
-    return conditional_response(None, etag)
 
 
 def format_event(name, data, id=None):

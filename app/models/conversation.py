@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 
 from sqlalchemy import (
     ForeignKey,
     Index,
     String,
+    Text,
     bindparam,
     case,
     delete,
@@ -60,45 +62,51 @@ class Conversation(db.Model):
         return db.session.scalar(select(cls).filter_by(id=id, user_id=user_id))
 
     @classmethod
-    def list_for_user(cls, user_id, messages=None, **filters):
-        """Return rows of the user's conversations, each with `messages_json`, in the order that `filters` asks for.
+    def list_for_user(cls, user_id, **filters):
+        """Return rows of the user's conversations, each with `messages_json`; `filters`: see select_with_messages()."""
+        return db.session.execute(cls.select_with_messages(*filters), {"user_id": user_id, **filters}).all()
 
-        `messages`: at most so many of the newest messages in each. `filters`: see filter_for_user().
+    @classmethod
+    def list_versions(cls, user_id, **filters):
+        """Return (id, name, updated_at) of list_for_user()'s conversations. They change whenever a message does."""
+        return db.session.execute(cls.select_for_user(*filters), {"user_id": user_id, **filters}).all()
+
+    @classmethod
+    @cache  # building this statement takes a tenth of the time of a request that lists 1,000 messages
+    def select_with_messages(cls, *filters):
+        """Select conversations with their messages as JSON: all of them, or the newest if `messages` limits them.
+
+        `filters`: see select_for_user().
         """
-        page = Message.select_page(cls.id, limit=messages).subquery()
+        page = Message.select_page(cls.id, limit=bindparam("messages") if "messages" in filters else None).subquery()
         messages_json = select(json_array(page.c.json)).scalar_subquery()
-        query = select(*cls.__table__.columns, messages_json.label("messages_json"))
-        return db.session.execute(cls.filter_for_user(query, user_id, **filters)).all()
+        columns = (*cls.__table__.columns, messages_json.label("messages_json"))
+        return cls.select_for_user(*filters).with_only_columns(*columns)
 
     @classmethod
-    def get_version(cls, user_id, **filters):
-        """Return what changes whenever list_for_user() does, for an ETag."""
-        query = select(*cls.__table__.columns)
-        return db.session.execute(cls.filter_for_user(query, user_id, **filters)).all()
+    @cache  # and this one a quarter of the time of one that is answered with 304
+    def select_for_user(cls, *filters):
+        """Select the conversations of the parameter `user_id`. The filters are names of further parameters.
 
-    @classmethod
-    def filter_for_user(cls, query, user_id, id=None, q=None, limit=None, before=None, recent=False, cursor=None):
-        """Restrict a query to the user's conversations.
-
-        `id`: only that one. `q`: those with a text in the name or a message. `limit`: so many, the newest first,
-        `before`: of ids below it. `recent`: by the last change, the latest first; `cursor`: those that come after an
-        (updated_at, id) in this order. Without any of these: all of them, the oldest first.
+        `id`: only that one. `folded`: those with this text, from fold_case(), in the name or a message. `limit`: so
+        many, the newest first, `before`: of ids below it. `recent`: by the last change, the latest first;
+        `last_updated_at` and `last_id`: those that follow this one. Without any of these: all, the oldest first.
         """
-        query = query.where(cls.user_id == user_id)
-        if id is not None:
-            query = query.where(cls.id == id)
-        if q:
-            query = query.where(cls.search(fold_case(q)))
-        if before is not None:
-            query = query.where(cls.id < before)
-        if cursor is not None:
-            position = tuple_(*cursor, types=[cls.updated_at.type, cls.id.type])
-            query = query.where(tuple_(cls.updated_at, cls.id) < position)
-        if recent:
+        query = select(cls.id, cls.name, cls.updated_at).where(cls.user_id == bindparam("user_id"))
+        if "id" in filters:
+            query = query.where(cls.id == bindparam("id"))
+        if "folded" in filters:
+            query = query.where(cls.search(bindparam("folded", type_=Text)))
+        if "before" in filters:
+            query = query.where(cls.id < bindparam("before"))
+        if "last_id" in filters:
+            last = bindparam("last_updated_at", type_=cls.updated_at.type), bindparam("last_id", type_=cls.id.type)
+            query = query.where(tuple_(cls.updated_at, cls.id) < tuple_(*last))
+        if "recent" in filters:
             query = query.order_by(cls.updated_at.desc(), cls.id.desc())
         else:
-            query = query.order_by(cls.id.desc() if limit else cls.id)
-        return query.limit(limit) if limit else query
+            query = query.order_by(cls.id.desc() if "limit" in filters else cls.id)
+        return query.limit(bindparam("limit")) if "limit" in filters else query
 
     @classmethod
     def search(cls, folded):

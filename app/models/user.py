@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING
 
 from flask_login import UserMixin
-from sqlalchemy import String, case, delete, event, func, select, update
+from sqlalchemy import String, bindparam, case, delete, event, func, select, update
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -42,7 +43,15 @@ class User(UserMixin, db.Model):
     @classmethod
     def get_by_session_token(cls, session_token, valid_from):
         """Return the user whose session has a token, or None; sessions opened before `valid_from` have ended."""
-        return db.session.scalar(select(cls).where(cls.session_token == session_token, cls.is_online(valid_from)))
+        parameters = {"session_token": session_token, "valid_from": valid_from}
+        return db.session.scalar(cls.select_by_session_token(), parameters)
+
+    @classmethod
+    @cache  # building this statement takes a fifth of the time of GET /api/current_user
+    def select_by_session_token(cls):
+        """Select the user of the parameters of get_by_session_token()."""
+        is_online = cls.is_online(bindparam("valid_from", type_=cls.last_login.type))
+        return select(cls).where(cls.session_token == bindparam("session_token"), is_online)
 
     @classmethod
     def is_online(cls, valid_from):
@@ -55,18 +64,24 @@ class User(UserMixin, db.Model):
 
         And the id of the last of them, or None if there are no more users.
         """
+        parameters = {"valid_from": valid_from, "after": after, "limit": limit}
+        users, last_id, newest_id = db.session.execute(cls.select_status(), parameters).one()
+        return users, last_id if last_id != newest_id else None
+
+    @classmethod
+    @cache  # building this statement takes a quarter of the time of a request that lists 200 users
+    def select_status(cls):
+        """Select the status of users as JSON, the id of the last of them, and the id of the newest user."""
+        status_json = cls.status_json(bindparam("valid_from", type_=cls.last_login.type))
         page = (
-            select(cls.id, cls.status_json(valid_from).label("json"))
-            .where(cls.id > after)
+            select(cls.id, status_json.label("json"))
+            .where(cls.id > bindparam("after"))
             .order_by(cls.id)
-            .limit(limit)
+            .limit(bindparam("limit"))
             .subquery()
         )
         newest = select(func.max(cls.id)).scalar_subquery()
-        users, last_id, newest_id = db.session.execute(
-            select(json_array(page.c.json), func.max(page.c.id), newest)
-        ).one()
-        return users, last_id if last_id != newest_id else None
+        return select(json_array(page.c.json), func.max(page.c.id), newest)
 
     @classmethod
     def status_json(cls, valid_from):

@@ -12,7 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from app import db
 from app.bot import BotError
-from app.database import MAX_ID, format_timestamp
+from app.database import MAX_ID, fold_case, format_timestamp
 from app.errors import error_message, to_http_exception
 from app.models import Conversation, Message
 from app.models.conversation import Exchange, touch
@@ -22,7 +22,6 @@ from app.responses import (
     format_event,
     hash_version,
     is_not_modified,
-    not_modified,
 )
 from app.validation import (
     get_idempotency_key,
@@ -55,49 +54,50 @@ def fail_abandoned_replies():
 def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
-    limit, messages, q = filters["limit"], filters.pop("messages"), filters["q"]
-    # A search depends on conversations that it does not show, too.
-    version = Conversation.get_version(current_user.id, **({} if q else filters))
-    etag = hash_version(version)
-    if is_not_modified(etag):
-        return not_modified(etag)
-    rows = Conversation.list_for_user(current_user.id, messages, **filters)
+    if request.if_none_match:
+        rows = Conversation.list_versions(current_user.id, **filters)
+        if is_not_modified(etag := get_etag(rows)):
+            return conditional_response(None, etag, get_next_page(rows, **filters))
+    rows = Conversation.list_for_user(current_user.id, **filters)
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
-    body = [conversation_to_dict(row, has_details) for row in rows[: limit and limit - 1]]
-    next_page = get_next_page(rows[limit - 2], filters["recent"]) if limit and len(rows) == limit else None
-    return conditional_response(body, etag, next_page)
+    page = rows[: filters.get("limit", len(rows) + 1) - 1]
+    body = [conversation_to_dict(row, has_details) for row in page]
+    return conditional_response(body, get_etag(rows), get_next_page(rows, **filters))
 
 
 def get_list_args():
-    """Return the arguments of Conversation.list_for_user() from the query string; abort with 400 if they are invalid.
+    """Return the filters of Conversation.select_for_user() from the query string; abort with 400 if they are invalid.
 
     The limit is one more than that of the page, so that the list tells whether there is a next page.
     """
     limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
-    order, cursor = get_str_arg("order", MAX_NAME_LENGTH), get_cursor()
+    order, q = get_str_arg("order", MAX_NAME_LENGTH), get_str_arg("q", MAX_NAME_LENGTH)
+    last_updated_at, last_id = get_cursor()
     if order not in (None, "recent"):
         abort(400, "order must be recent")
     if before and not limit:
         abort(400, "before requires limit")
     if before and order:
         abort(400, "order=recent requires cursor instead of before")
-    if cursor and not (limit and order):
+    if last_id and not (limit and order):
         abort(400, "cursor requires limit and order=recent")
-    return {
+    filters = {
+        "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
+        "folded": q and fold_case(q),
         "limit": limit and limit + 1,
         "before": before,
-        "recent": order is not None,
-        "cursor": cursor,
-        "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
-        "q": get_str_arg("q", MAX_NAME_LENGTH),
+        "recent": order,
+        "last_updated_at": last_updated_at,
+        "last_id": last_id,
     }
+    return {name: value for name, value in filters.items() if value is not None}
 
 
 def get_cursor():
-    """Return (updated_at, id) of the query string's cursor, or None; abort with 400 if it is invalid."""
+    """Return (updated_at, id) of the query string's cursor, or two times None; abort with 400 if it is invalid."""
     cursor = get_str_arg("cursor", MAX_NAME_LENGTH)
     if cursor is None:
-        return None
+        return None, None
     try:
         updated_at, id = urlsafe_b64decode(cursor).decode().split()
         return datetime.fromisoformat(updated_at).astimezone(UTC), min(abs(int(id)), MAX_ID)
@@ -105,11 +105,19 @@ def get_cursor():
         abort(400, "cursor must come from a Link header")
 
 
-def get_next_page(last, is_recent):
-    """Return the query parameters of the page after a conversation."""
-    if not is_recent:
+def get_next_page(rows, limit=None, recent=None, **filters):
+    """Return the query parameters of the page after these conversations, one more than its limit, or None."""
+    if limit is None or len(rows) < limit:
+        return None
+    last = rows[-2]
+    if not recent:
         return {"before": last.id}
     return {"cursor": urlsafe_b64encode(f"{last.updated_at.isoformat()} {last.id}".encode()).decode()}
+
+
+def get_etag(rows):
+    """Return the ETag of conversations and their messages."""
+    return hash_version([(row.id, row.name, row.updated_at) for row in rows])
 
 
 def conversation_to_dict(row, has_details):
@@ -141,8 +149,9 @@ def get_conversation(conversation_id):
     messages = get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION)
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
-        return not_modified(etag)
-    rows = Conversation.list_for_user(current_user.id, messages, id=conversation_id)
+        return conditional_response(None, etag)
+    filters = {"id": conversation_id} if messages is None else {"id": conversation_id, "messages": messages}
+    rows = Conversation.list_for_user(current_user.id, **filters)
     if not rows:  # it was deleted just now
         abort(404, "Conversation not found")
     return conditional_response(conversation_to_dict(rows[0], has_details=True), etag)
@@ -150,8 +159,8 @@ def get_conversation(conversation_id):
 
 def get_conversation_etag(conversation_id):
     """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
-    version = Conversation.get_version(current_user.id, id=conversation_id)
-    return hash_version(version) if version else abort(404, "Conversation not found")
+    rows = Conversation.list_versions(current_user.id, id=conversation_id)
+    return get_etag(rows) if rows else abort(404, "Conversation not found")
 
 
 @bp.route("/api/conversations/<id:conversation_id>", methods=["PUT", "PATCH"])
@@ -206,7 +215,7 @@ def list_messages(conversation_id):
     before = get_int_arg("before")
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
-        return not_modified(etag)
+        return conditional_response(None, etag)
     rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
     page = rows[-limit:]
     next_page = {"before": page[0].id} if len(rows) > limit else None
