@@ -31,7 +31,7 @@ from app.database import autocommit, contains, database_now, fold_case, json_arr
 from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
-MAX_HISTORY_MESSAGES = 500  # that a bot is given
+MAX_HISTORY_MESSAGES = 200  # that a bot is given
 
 
 class Conversation(db.Model):
@@ -192,23 +192,22 @@ def insert_exchange():
 
 
 def select_history():
-    """Return the query of (sender, text) of the messages before one: as many of the last as there is room for."""
-    recent = (
-        select(Message.id, Message.sender, Message.text)
+    """Return the query of (sender, text) of the messages before one, the newest first.
+
+    A text beyond `max_chars` is cut there. A running total by the database would take three times as long.
+    """
+    messages = Message.__table__.c
+    return (
+        select(messages.sender, func.substr(messages.text, 1, bindparam("max_chars") + 1).label("text"))
         .where(
-            Message.conversation_id == bindparam("conversation_id"),
-            Message.id < bindparam("before_id"),
-            Message.replaces_id.is_(None),
-            Message.text != "",
+            messages.conversation_id == bindparam("conversation_id"),
+            messages.id < bindparam("before_id"),
+            messages.replaces_id.is_(None),
+            messages.text != "",
         )
-        .order_by(Message.id.desc())
+        .order_by(messages.id.desc())
         .limit(MAX_HISTORY_MESSAGES)
-        .subquery()
     )
-    chars = func.sum(func.length(recent.c.text)).over(order_by=recent.c.id.desc())
-    sized = select(recent, chars.label("chars")).subquery()
-    query = select(sized.c.sender, sized.c.text).where(sized.c.chars <= bindparam("max_chars"))
-    return query.order_by(sized.c.id)
 
 
 INSERT_EXCHANGE = insert_exchange()
@@ -312,16 +311,17 @@ class Exchange:
         return self.with_history(text, max_history_chars)
 
     def with_history(self, text, max_history_chars):
-        """Read the history that the bot is given; return this exchange."""
-        rows = db.session.execute(
-            SELECT_HISTORY,
-            {
-                "conversation_id": self.conversation_id,
-                "before_id": self.question["id"],
-                "max_chars": max_history_chars - len(text),
-            },
-        )
-        self.history = [*rows, ("user", text)]
+        """Read the history that the bot is given: as many of the last messages as fit; return this exchange."""
+        room = max(0, max_history_chars - len(text))
+        values = {"conversation_id": self.conversation_id, "before_id": self.question["id"], "max_chars": room}
+        history = [("user", text)]
+        with db.session.execute(SELECT_HISTORY, values) as rows:
+            for sender, message_text in rows:
+                room -= len(message_text)
+                if room < 0:
+                    break
+                history.append((sender, message_text))
+        self.history = history[::-1]
         return self
 
     def apply_edit(self):
