@@ -3,7 +3,9 @@
 import math
 import time
 from collections import Counter, deque
+from contextlib import contextmanager
 from threading import Condition, Event, Lock, Thread
+from weakref import WeakValueDictionary
 
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
@@ -20,6 +22,7 @@ SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
+SEND_TIMEOUT = 10  # seconds that a request waits for other requests to add to the same conversation
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 
 
@@ -176,10 +179,20 @@ class ReplyManager:
         self.counts = Counter()  # of replies in progress, by user
         self.ended = deque()  # replies whose end is to be stored
         self.lock = Lock()
+        self.conversation_locks = WeakValueDictionary()
         self.wakeup = Event()
         self.is_storing = False
         self.is_shutting_down = False
         self.polled_at = self.saved_at = self.checked_at = -math.inf
+
+    def start_or_join(self, exchange, request_id):
+        """Return the reply of an exchange, which start() generates unless that was begun before; end the transaction.
+
+        Raises what start() does.
+        """
+        reply = self.start(exchange, request_id) if exchange.history else self.get(exchange)
+        db.session.close()  # holds no connection while the bot works
+        return reply
 
     def start(self, exchange, request_id):
         """Commit the session, which has added the exchange, and generate its reply in the background; return the reply.
@@ -200,6 +213,21 @@ class ReplyManager:
                 Thread(target=self.store_in_background, name="replies", daemon=True).start()
         Thread(target=self.generate, args=[reply], name=f"reply-{reply.id}", daemon=True).start()
         return reply
+
+    @contextmanager
+    def sending(self, conversation_id):
+        """Let one request at a time add to a conversation: the others wait here, without a database connection.
+
+        Raises ServiceUnavailable after SEND_TIMEOUT.
+        """
+        with self.lock:
+            lock = self.conversation_locks.setdefault(conversation_id, Lock())
+        if not lock.acquire(timeout=SEND_TIMEOUT):
+            raise ServiceUnavailable("The conversation is busy, try again later", retry_after=2)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def reserve(self, user_id):
         """Count one more reply of a user, or raise TooManyRequests."""

@@ -140,78 +140,70 @@ class Conversation(db.Model):
         return {"id": self.id, "name": self.name}
 
 
-# These statements are built once: building them takes a quarter of the CPU time of a whole send.
+# These statements are built once, and from tables: with models, they would take twice the CPU time of a whole send.
+CONVERSATION, MESSAGE = Conversation.__table__.c, Message.__table__.c
 TOUCH_CONVERSATION = (
     update(Conversation.__table__)
-    .where(Conversation.id == bindparam("conversation_id"), Conversation.user_id == bindparam("owner_id"))
+    .where(CONVERSATION.id == bindparam("conversation_id"), CONVERSATION.user_id == bindparam("owner_id"))
     .values(updated_at=bindparam("now"))
 )
 TOUCH_CONVERSATIONS = (
     update(Conversation.__table__)
-    .where(Conversation.id == bindparam("conversation_id"))
+    .where(CONVERSATION.id == bindparam("conversation_id"))
     .values(updated_at=bindparam("now"))
 )
 SAVE_REPLY = (
     update(Message.__table__)
-    .where(Message.id == bindparam("reply_id"), Message.status == "in_progress")
+    .where(MESSAGE.id == bindparam("reply_id"), MESSAGE.status == "in_progress")
     .values(
         text=bindparam("new_text"),
         status=bindparam("new_status"),
         heartbeat_at=case((bindparam("new_status") == "in_progress", database_now())),
     )
 )
-
-
 RESTART_REPLY = (
     update(Message.__table__)
-    .where(Message.id == bindparam("reply_id"), Message.status == "failed")
+    .where(MESSAGE.id == bindparam("reply_id"), MESSAGE.status == "failed")
     .values(text="", status="in_progress", heartbeat_at=database_now(), stop_requested=False)
+)
+# The messages before one, the newest first; a text beyond `max_chars` is cut there. A running total of the lengths by
+# the database would take three times as long.
+SELECT_HISTORY = (
+    select(MESSAGE.sender, func.substr(MESSAGE.text, 1, bindparam("max_chars") + 1))
+    .where(
+        MESSAGE.conversation_id == bindparam("conversation_id"),
+        MESSAGE.id < bindparam("before_id"),
+        MESSAGE.replaces_id.is_(None),
+        MESSAGE.text != "",
+    )
+    .order_by(MESSAGE.id.desc())
+    .limit(MAX_HISTORY_MESSAGES)
 )
 
 
 def insert_exchange():
     """Return the statement that inserts a user's message and an empty reply, and returns the two ids."""
     both = [
-        bindparam("conversation_id", type_=Message.conversation_id.type),
-        bindparam("now", type_=Message.created_at.type),
-        bindparam("replaces_id", type_=Message.replaces_id.type),
+        bindparam("conversation_id", type_=MESSAGE.conversation_id.type),
+        bindparam("now", type_=MESSAGE.created_at.type),
+        bindparam("replaces_id", type_=MESSAGE.replaces_id.type),
     ]
     question = select(
         *both,
         literal("user"),
-        bindparam("new_text", type_=Message.text.type),
+        bindparam("new_text", type_=MESSAGE.text.type),
         literal("complete"),
-        bindparam("key", type_=Message.idempotency_key.type),
+        bindparam("key", type_=MESSAGE.idempotency_key.type),
         null(),
     )
     reply = select(*both, literal("bot"), literal(""), literal("in_progress"), null(), database_now())
     columns = ["conversation_id", "created_at", "replaces_id", "sender", "text", "status", "idempotency_key"]
     rows = union_all(question, reply)
     insertion = insert(Message.__table__).from_select([*columns, "heartbeat_at"], rows, include_defaults=False)
-    return insertion.returning(Message.id)
-
-
-def select_history():
-    """Return the query of (sender, text) of the messages before one, the newest first.
-
-    A text beyond `max_chars` is cut there. A running total by the database would take three times as long.
-    """
-    messages = Message.__table__.c
-    return (
-        select(messages.sender, func.substr(messages.text, 1, bindparam("max_chars") + 1).label("text"))
-        .where(
-            messages.conversation_id == bindparam("conversation_id"),
-            messages.id < bindparam("before_id"),
-            messages.replaces_id.is_(None),
-            messages.text != "",
-        )
-        .order_by(messages.id.desc())
-        .limit(MAX_HISTORY_MESSAGES)
-    )
+    return insertion.returning(MESSAGE.id)
 
 
 INSERT_EXCHANGE = insert_exchange()
-SELECT_HISTORY = select_history()
 
 
 def touch(conversation_id, user_id):
@@ -315,12 +307,11 @@ class Exchange:
         room = max(0, max_history_chars - len(text))
         values = {"conversation_id": self.conversation_id, "before_id": self.question["id"], "max_chars": room}
         history = [("user", text)]
-        with db.session.execute(SELECT_HISTORY, values) as rows:
-            for sender, message_text in rows:
-                room -= len(message_text)
-                if room < 0:
-                    break
-                history.append((sender, message_text))
+        for sender, message_text in db.session.execute(SELECT_HISTORY, values).all():
+            room -= len(message_text)
+            if room < 0:
+                break
+            history.append((sender, message_text))
         self.history = history[::-1]
         return self
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from sqlalchemy.orm.attributes import set_committed_value
 
 from app import db
-from app.database import MAX_ID, iso8601, json_array, json_object
+from app.database import MAX_ID, autocommit, iso8601, json_array, json_object
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -44,7 +44,8 @@ class User(UserMixin, db.Model):
     def get_by_session_token(cls, session_token, valid_from):
         """Return the user whose session has a token, or None; sessions opened before `valid_from` have ended."""
         parameters = {"session_token": session_token, "valid_from": valid_from}
-        return db.session.scalar(cls.select_by_session_token(), parameters)
+        bind = {"bind": autocommit(db.engine)}  # whatever the request does later, this begins no transaction
+        return db.session.scalar(cls.select_by_session_token(), parameters, bind_arguments=bind)
 
     @classmethod
     @cache  # building this statement takes a fifth of the time of GET /api/current_user

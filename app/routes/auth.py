@@ -2,13 +2,14 @@
 
 import unicodedata
 
-from flask import Blueprint, abort, current_app, g, session
+from flask import Blueprint, abort, current_app, g, request, session
 from flask_login import current_user, login_required, login_user, logout_user
 from orjson import Fragment
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from app import db, login_manager
+from app.database import SAFE_METHODS
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import (
@@ -37,6 +38,8 @@ def load_user(session_token):
     user = User.get_by_session_token(session_token, current_app.config["SESSIONS_VALID_FROM"])
     if user:
         g.user_id = user.user_id
+    if request.method not in SAFE_METHODS:
+        db.session.close()  # a write has a transaction of its own, and holds no connection before it
     return user
 
 

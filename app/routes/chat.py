@@ -227,13 +227,15 @@ def list_messages(conversation_id):
 def send_message(conversation_id):
     """Send a message and return it with the bot's reply, see respond_with_reply()."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    max_history_chars = current_app.config["BOT_HISTORY_CHARS"]
-    exchange = Exchange.add(conversation_id, current_user.id, text, max_history_chars, key)
-    if exchange is None:
-        abort(404, "Conversation not found")
-    if exchange.question["text"] != text:
-        abort(409, "Idempotency-Key was used for another text in this conversation")
-    return respond_with_reply(exchange, 201)
+    replies = current_app.extensions["replies"]
+    with replies.sending(conversation_id):
+        exchange = Exchange.add(conversation_id, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], key)
+        if exchange is None:
+            abort(404, "Conversation not found")
+        if exchange.question["text"] != text:
+            abort(409, "Idempotency-Key was used for another text in this conversation")
+        reply = replies.start_or_join(exchange, g.request_id)
+    return respond_with_reply(reply, 201)
 
 
 @bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -241,6 +243,15 @@ def send_message(conversation_id):
 def edit_message(conversation_id, message_id):
     """Edit a message of the user, drop what follows it, and return it with the bot's new reply."""
     text = get_string("text", MAX_TEXT_LENGTH)
+    replies = current_app.extensions["replies"]
+    with replies.sending(conversation_id):
+        exchange = get_edited_exchange(conversation_id, message_id, text)
+        reply = replies.start_or_join(exchange, g.request_id)
+    return respond_with_reply(reply, 200)
+
+
+def get_edited_exchange(conversation_id, message_id, text):
+    """Return the exchange that edits a message, or that does so already with this text; abort with 404 or 409."""
     if not touch(conversation_id, current_user.id):
         abort(404, "Conversation not found")
     message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
@@ -253,8 +264,8 @@ def edit_message(conversation_id, message_id):
     elif Message.get_pending_edit(conversation_id, "user"):
         abort(409, "Another message of this conversation is being edited")
     else:
-        exchange = Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
-    return respond_with_reply(exchange, 200)
+        return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
+    return exchange
 
 
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -302,14 +313,12 @@ def get_exchange_or_404(conversation_id, message_id):
     return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
 
 
-def respond_with_reply(exchange, status):
+def respond_with_reply(reply, status):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
-    Commits. The reply is generated in the background, whatever becomes of this request.
+    The reply is generated in the background, whatever becomes of this request.
     """
-    replies = current_app.extensions["replies"]
-    reply = replies.start(exchange, g.request_id) if exchange.history else replies.get(exchange)
-    db.session.close()  # holds no connection while the bot works
+    exchange = reply.exchange
     is_over = exchange.reply.get("status") != "in_progress"
     headers = {"Idempotent-Replayed": "true"} if is_over else {}
     if prefers_async() and not is_over:
