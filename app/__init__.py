@@ -93,5 +93,5 @@ def register_routes(app):
     hooks.init_app(app)
     for module in (auth, chat, docs):
         app.register_blueprint(module.bp)
-    app.cli.add_command(cli.demo)
-    app.cli.add_command(cli.users)
+    for command in (cli.demo, cli.users, cli.prune):
+        app.cli.add_command(command)

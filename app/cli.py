@@ -1,5 +1,6 @@
-"""Commands: `flask demo` and `flask users`."""
+"""Commands: `flask demo`, `flask users` and `flask prune`."""
 
+import time
 from datetime import UTC, datetime
 
 import click
@@ -27,6 +28,8 @@ DEMO_STATUSES = {
     "A reply that was stopped": "stopped",
     "A reply cut short": "truncated",
 }
+PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
+PRUNE_PAUSE = 0.05  # seconds between two of them, in which other writers have their turn
 
 
 @click.command()
@@ -72,6 +75,22 @@ def users():
     for user in orjson.loads(rows):
         last_login = user["last_login"] or "never"
         click.echo(f"{user['user_id']:>6}  {user['status']:<7}  {last_login:<27}  {user['username']}")
+
+
+@click.command()
+@click.option("--before", required=True, type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]), help="In UTC.")
+@with_appcontext
+def prune(before):
+    """Delete the conversations that have not changed since a date."""
+    before = before.replace(tzinfo=UTC)
+    count = last_id = 0
+    try:
+        while ids := Conversation.prune(before, last_id, PRUNE_BATCH_SIZE):
+            count, last_id = count + len(ids), ids[-1]
+            time.sleep(PRUNE_PAUSE)
+    except SQLAlchemyError as error:
+        raise to_click_exception(error) from error
+    click.echo(f"Deleted {count} conversation{'' if count == 1 else 's'}")
 
 
 def to_click_exception(error):

@@ -4,10 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import func, select
 
 from app import create_app, db
+from app.models import Conversation, Message
 from tests.conftest import CHEAP_HASH, PASSWORD, create_logged_in_client
 from tests.helpers.server import ROOT, TIMEOUT, find_free_port
 
@@ -28,9 +31,9 @@ def run_flask(*arguments, url):
     return result.returncode, result.stdout.splitlines(), result.stderr.splitlines()
 
 
-def invoke(app, command):
+def invoke(app, *arguments):
     """Run a command in this process; return the same as run_flask()."""
-    result = app.test_cli_runner().invoke(args=[command])
+    result = app.test_cli_runner().invoke(args=arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.stdout.splitlines(), result.stderr.splitlines()
 
@@ -141,3 +144,29 @@ def test_command_without_database_server_prints_one_line_without_the_password(co
     assert (status, lines) == (1, [])
     assert error.startswith("Error: The database is unavailable")
     assert "hidden" not in error
+
+
+# flask prune
+
+
+@pytest.mark.parametrize("count", [0, 1, 45])
+def test_prune_deletes_conversations_unchanged_since_the_date_with_their_messages(app, ada, count):
+    kept_id = ada.create_conversation()
+    with app.app_context():
+        old = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC)
+        for _ in range(count):
+            messages = [Message(sender="user", text="Hello", created_at=old)]
+            db.session.add(Conversation(name="Old", user_id=1, created_at=old, updated_at=old, messages=messages))
+        db.session.commit()
+    assert invoke(app, "prune", "--before", "2026-01-31")[1] == ["Deleted 0 conversations"]
+    deleted = f"Deleted {count} conversation{'' if count == 1 else 's'}"
+    assert invoke(app, "prune", "--before", "2026-02-01") == (0, [deleted], [])
+    assert [conversation["id"] for conversation in ada.list_conversations()] == [kept_id]
+    with app.app_context():
+        assert db.session.scalar(select(func.count()).select_from(Message)) == 0
+
+
+def test_prune_with_an_invalid_date_says_which_are_valid(app):
+    status, _, errors = invoke(app, "prune", "--before", "yesterday")
+    assert status == 2
+    assert "'%Y-%m-%d'" in errors[-1]

@@ -135,6 +135,18 @@ class Conversation(db.Model):
         query = select(Message, cls.name).join(Message.conversation).join(page, page.c.id == Message.id)
         return db.session.execute(query.order_by(Message.id.desc())).all()
 
+    @classmethod
+    def prune(cls, before, after_id, limit):
+        """Delete at most `limit` conversations above the id `after_id` without a change since `before`; commit.
+
+        Returns their ids in order.
+        """
+        is_old = cls.updated_at < before
+        page = select(cls.id).where(is_old, cls.id > after_id).order_by(cls.id).limit(limit)
+        ids = db.session.scalars(delete(cls).where(cls.id.in_(page), is_old).returning(cls.id)).all()
+        db.session.commit()
+        return sorted(ids)
+
     def to_dict(self):
         """Return what the API shows of a conversation without its messages."""
         return {"id": self.id, "name": self.name}
