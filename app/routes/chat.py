@@ -116,8 +116,9 @@ def get_next_page(rows, limit=None, recent=None, **filters):
 
 
 def get_etag(rows):
-    """Return the ETag of conversations and their messages."""
-    return hash_version([(row.id, row.name, row.updated_at) for row in rows])
+    """Return the ETag of conversations and their messages: a hash of all columns but `messages_json`."""
+    column_count = len(Conversation.__table__.columns)
+    return hash_version([row[:column_count] for row in rows])
 
 
 def conversation_to_dict(row, has_details):
