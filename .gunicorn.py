@@ -12,6 +12,7 @@ from functools import partial
 from http import HTTPStatus
 
 import gevent
+from flask.logging import default_handler
 from gevent.socket import wait_write
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
@@ -290,6 +291,11 @@ def format_error_response(status):
 
 
 worker_class = Worker
+
+
+def post_worker_init(worker):
+    """Let the log write to stderr directly: to find the stream of each request takes longer than to write to it."""
+    default_handler.setStream(sys.stderr)
 
 
 def pre_request(worker, req):

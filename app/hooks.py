@@ -3,7 +3,6 @@
 import logging
 import re
 import secrets
-import sys
 import time
 from urllib.parse import quote
 
@@ -60,7 +59,6 @@ def init_app(app):
     app.after_request(after_request)
     app.logger.setLevel(logging.INFO)
     formatter = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
-    default_handler.setStream(sys.stderr)  # finding each request's own stream would take longer than writing to it
     default_handler.setFormatter(formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT))
 
 
