@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import psycopg
 import pytest
@@ -16,7 +17,14 @@ from sqlalchemy.exc import IntegrityError
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
 from app.models import Message
-from tests.conftest import PASSWORD, SERVER_URL, SHARED_SESSIONS, create_logged_in_client, create_other_client
+from tests.conftest import (
+    PASSWORD,
+    SERVER_URL,
+    SHARED_SESSIONS,
+    create_logged_in_client,
+    create_other_client,
+    on_postgresql,
+)
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, read_events
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
@@ -870,6 +878,26 @@ def database_unavailable(url):
             yield
         finally:
             connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+@on_postgresql
+def test_sends_that_wait_for_one_conversation_leave_connections_for_others(ada, conversation_id, database):
+    sends = [partial(create_other_client(ada).send_message, conversation_id, headers=ASYNC) for _ in range(20)]
+    with psycopg.connect(database.replace("postgres://", "postgresql://")) as connection:
+        connection.execute("SELECT 1 FROM conversation WHERE id = %s FOR UPDATE", [conversation_id])
+        with run_in_background(*sends) as sendings:
+            wait_until(lambda: is_waiting_for_lock(connection))
+            for _ in range(20):
+                assert ada.get("/api/current_user").status_code == 200
+                time.sleep(0.05)
+            connection.rollback()
+            statuses = [sending.result(TIMEOUT).status_code for sending in sendings]
+    assert statuses == [202] * 20
+
+
+def is_waiting_for_lock(connection):
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    return connection.execute(query).fetchone() > (0,)
 
 
 @waiting_or_streaming
