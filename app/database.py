@@ -2,6 +2,7 @@
 
 import sqlite3
 import time
+import traceback
 import unicodedata
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -201,8 +202,9 @@ def engine_options(url, connect_args):
     """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL and its further arguments; times are in seconds."""
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
-        return {"connect_args": {"timeout": 0}, "max_overflow": -1}
-    return {"connect_args": {"connect_timeout": 5, **connect_args}, "pool_timeout": 10, "pool_pre_ping": True}
+        return {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
+    options = {"pool_timeout": 10, "pool_pre_ping": True, "hide_parameters": True}
+    return {"connect_args": {"connect_timeout": 5, **connect_args}, **options}
 
 
 def configure_engine(engine):
@@ -270,3 +272,9 @@ def is_missing_table(error):
     if getattr(error.orig, "sqlstate", None) in ("42P01", "42703"):  # undefined_table, undefined_column
         return True
     return str(error.orig).startswith(("no such table", "no such column"))
+
+
+def format_traceback(error):
+    """Return the kind of a database error and where it was raised, for the log: its text may quote a message."""
+    kind = type(getattr(error, "orig", None) or error).__name__
+    return f"{kind}\nTraceback (most recent call last):\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()

@@ -14,7 +14,7 @@ from werkzeug.exceptions import (
 )
 
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
-from app.database import is_missing_table
+from app.database import format_traceback, is_missing_table
 
 RETRY_AFTER = 2  # seconds after which to try again when the database is unavailable
 ERROR_MESSAGES = {
@@ -64,7 +64,10 @@ def to_http_exception(error):
     if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
         current_app.logger.error("%s (%s)", message, " ".join(str(getattr(error, "orig", error)).split()))
         return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
-    current_app.logger.error("Exception in a request", exc_info=error)
+    if isinstance(error, exc.SQLAlchemyError):
+        current_app.logger.error("Exception in a request: %s", format_traceback(error))
+    else:
+        current_app.logger.error("Exception in a request", exc_info=error)
     return InternalServerError()
 
 

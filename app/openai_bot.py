@@ -21,11 +21,12 @@ from urllib.request import getproxies, proxy_bypass
 import orjson
 
 from app.bot import BotError, BotMessageTooLong, BotTimeout, fit_history
-from app.openai_protocol import ContextExceeded, check_end, iter_events, parse_chunk, parse_error, skip_thinking
+from app.openai_protocol import Completion, ContextExceeded, iter_events, parse_error, skip_thinking
 
 BLOCK_BYTES = 65_536
 BLOCKS_PER_SWITCH = 64  # after so many, other threads run; greenlets would not by themselves
 FINISH_TIMEOUT = 3  # seconds of silence after a finish reason that end the reply
+ERROR_TIMEOUT = 3  # seconds for the body of an error response
 DRAIN_TIMEOUT, MAX_DRAIN_BLOCKS = 1, 8  # for the end of a response after the end of its reply
 IDLE_TIMEOUT, MAX_IDLE_CONNECTIONS = 30, 20
 ROLES = {"user": "user", "bot": "assistant"}
@@ -62,6 +63,7 @@ class ReplyStream:
         self._bot = bot
         self._history = history
         self._exchange = Exchange(bot.server)
+        self._completion = Completion()
         self._items = SimpleQueue()  # texts, of which an empty one is a sign of life only, and finally an exception
         self._end = None
         Thread(target=self._produce, daemon=True).start()
@@ -89,11 +91,15 @@ class ReplyStream:
 
     def _receive(self):
         """Wait for a sign of life and return all text that has arrived."""
+        timeout = self._bot.server.timeout
         try:
-            items = [self._items.get(timeout=self._bot.server.timeout)]
+            items = [self._items.get(timeout=min(FINISH_TIMEOUT, timeout) if self._completion.is_finished else timeout)]
         except Empty:
+            if self._completion.is_finished:
+                self._exchange.abort()  # the thread ends the reply
+                return ""
             self.cancel()
-            items = [BotTimeout(f"no text from the model for {self._bot.server.timeout} s")]
+            items = [BotTimeout(f"no text from the model for {timeout} s")]
         while isinstance(items[-1], str) and not self._items.empty():
             items.append(self._items.get())
         if not isinstance(items[-1], str):
@@ -130,33 +136,26 @@ class ReplyStream:
             history = fit_history(self._history, length // 2)
 
     def _read_response(self, body):
-        """Send a request and yield the texts of its response; an empty one stands for reasoning."""
+        """Send a request and yield the texts of its response; an empty one stands for another sign of progress."""
         response = self._exchange.send(body)
         if not 200 <= response.status < 300:
-            raise parse_error(response.status, response.read(BLOCK_BYTES), response.headers["Retry-After"])
-        finish_reason, has_text, is_done = None, False, False
+            raise parse_error(response.status, self._exchange.read_error(), response.headers["Retry-After"])
+        self._completion = completion = Completion()
         try:
             for data in iter_events(self._exchange.iter_blocks()):
-                if is_done := data == b"[DONE]":
-                    break
-                text, has_reasoning, reason = parse_chunk(data)
-                if text or has_reasoning:
+                text = completion.receive(data)
+                if text is not None:
                     yield text
-                has_text = has_text or bool(text)
-                finish_reason = reason or finish_reason
-                if finish_reason:
-                    if has_text and not text and not has_reasoning:
-                        break
-                    # Some servers put "stop" into every chunk, others leave the connection open after the last one.
-                    self._exchange.set_timeout(self._bot.server.timeout if has_reasoning else FINISH_TIMEOUT)
+                if completion.is_over:
+                    break
         except (OSError, HTTPException):
-            if not finish_reason:
+            if not completion.is_finished:
                 raise
         except ContextExceeded:
-            if not has_text:
+            if not completion.has_text:
                 raise
-            finish_reason = "length"
-        check_end(finish_reason, has_text, is_done)
+            completion.finish_reason = "length"
+        completion.check_end()
 
 
 class Exchange:
@@ -203,9 +202,17 @@ class Exchange:
                 time.sleep(0)
             count += 1
 
-    def set_timeout(self, seconds):
-        """Set the longest silence of the network, after which reading raises TimeoutError."""
-        self._socket.settimeout(seconds)
+    def read_error(self):
+        """Return the body of an error response, as far as it arrives in a short time."""
+        seconds = min(ERROR_TIMEOUT, self._server.timeout / 2)
+        blocks, deadline = [], time.monotonic() + seconds
+        with suppress(OSError, HTTPException):
+            self._socket.settimeout(seconds / 2)
+            for block in self.iter_blocks():
+                blocks.append(block)
+                if len(blocks) == MAX_DRAIN_BLOCKS or time.monotonic() > deadline:
+                    break
+        return b"".join(blocks)
 
     def abort(self):
         """Shut down the connection, which wakes the thread that uses it."""
@@ -331,7 +338,10 @@ def find_proxy(url):
 
 def create_ssl_context():
     """Return the context for TLS, with the certificates that SSL_CERT_FILE and SSL_CERT_DIR name, if they are set."""
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context()
+    except OSError:
+        raise ValueError("SSLKEYLOGFILE must name a file that can be written") from None
     context.set_alpn_protocols(["http/1.1"])
     if file := os.environ.get("SSL_CERT_FILE"):
         try:

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from email.utils import mktime_tz, parsedate_tz
+from typing import NamedTuple
 
 import orjson
 
@@ -14,24 +15,77 @@ MAX_LINE_BYTES = 2_000_000
 MAX_RESPONSE_BYTES = 64_000_000
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
+BUSY_KIND = re.compile(r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl", re.IGNORECASE)
 CONTEXT_STATUSES = {200, 400, 413, 422, 500}
 CONTEXT_EXCEEDED = re.compile(
-    r"context.?(length|size|window)|(prompt|input) is too long|reduce the length|too many tokens|max_new_tokens"
-    r"|context the overflows|too large for model",
+    r"context.?(length|size|window|limit)|context the overflows|(prompt|input) is too long|too large for model"
+    r"|too many tokens|tokens? limit|maximum number of tokens|must have less than \d+ tokens|max_new_tokens"
+    r"|max(imum)?.?(model|prompt|input|seq).?(len|tokens)|exceeds max length|reduce the length|range of input length"
+    r"|prompt token count",
     re.IGNORECASE,
 )
 ERROR_KIND = re.compile(r"(?=.{1,40}$)([A-Za-z]+(_[A-Za-z]+)+|[A-Za-z]*(Error|Exception))")
 UNFINISHED = {"", "null", "none"}
 TRUNCATED = {
-    *("length", "max_tokens", "model_length", "insufficient_system_resource"),
-    *("content_filter", "safety", "recitation"),
+    *("length", "max_tokens", "model_length", "model_context_window_exceeded", "insufficient_system_resource"),
+    *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
 }
+BROKEN_OFF = {"error", "abort", "network_error"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 THINK_START, THINK_END = "<think>", "</think>"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
 class ContextExceeded(BotError):
     """The messages do not fit the model's context."""
+
+
+class Chunk(NamedTuple):
+    """A part of a reply."""
+
+    text: str = ""
+    has_reasoning: bool = False
+    finish_reason: str | None = None
+
+
+class Completion:
+    """What has been received of a reply, as far as it tells how the reply ends."""
+
+    def __init__(self):
+        self.finish_reason = None
+        self.has_text = False
+        self.is_over = False  # nothing will follow
+        self.is_done = False  # `[DONE]` was received
+        self.is_continued = False  # more followed the finish reason: some servers send one with every chunk
+
+    @property
+    def is_finished(self):
+        """Whether the reply is whole although the server may leave the connection open."""
+        return bool(self.finish_reason) and self.has_text and not self.is_continued
+
+    def receive(self, data):
+        """Return the text of an event, an empty one for another sign of progress, or None if there is neither.
+
+        Raises BotError for an error.
+        """
+        if data == b"[DONE]":
+            self.is_over = self.is_done = True
+            return None
+        chunk = parse_chunk(data)
+        is_progress = bool(chunk.text or chunk.has_reasoning)
+        is_first_reason = chunk.finish_reason and not self.finish_reason
+        self.is_over = bool(is_first_reason and self.has_text and not is_progress)
+        self.is_continued = self.is_continued or bool(self.finish_reason and is_progress)
+        self.has_text = self.has_text or bool(chunk.text)
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        return chunk.text if is_progress or is_first_reason else None
+
+    def check_end(self):
+        """Raise BotError or BotTruncated unless the reply is complete."""
+        if self.finish_reason in TRUNCATED:
+            raise BotTruncated(f"the model ended the reply: {self.finish_reason}")
+        if self.finish_reason in BROKEN_OFF or not (self.finish_reason or (self.is_done and self.has_text)):
+            raise BotError("the model broke off")
 
 
 def iter_lines(blocks):
@@ -79,34 +133,43 @@ def parse_json(data):
 
 
 def parse_chunk(data):
-    """Return the text of a chunk, whether it contains reasoning, and its finish reason or None.
+    """Return the Chunk of an event's data, an empty one if there is nothing of a reply in it.
 
     A whole completion, as servers send that cannot stream, is read like a chunk. Raises BotError for an error object.
     """
-    chunk = parse_json(data)
-    if not isinstance(chunk, dict):
+    event = parse_json(data or b"null")
+    if event is None:
+        return Chunk()
+    if not isinstance(event, dict):
         raise BotError("the model sent a chunk that is no object")
-    if chunk.get("error") or chunk.get("object") == "error":
+    if event.get("error") or event.get("object") == "error":
         raise parse_error(200, data)
-    choices = chunk.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or choice.get("index") not in (0, None):
-        return "", False, None
-    is_whole = "delta" not in choice
-    delta = choice.get("message" if is_whole else "delta")
-    if not isinstance(delta, dict):
-        delta = {}
-    text = parse_text(delta.get("content")) + parse_text(delta.get("refusal"))
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-    if not text and delta.get("content"):
-        reasoning = True  # a list of parts that have no text
-    return text, bool(reasoning), parse_finish_reason(choice.get("finish_reason")) or ("stop" if is_whole else None)
+    choice = find_first_choice(event.get("choices"))
+    message, finish_reason = choice.get("delta"), parse_finish_reason(choice.get("finish_reason"))
+    if not isinstance(message, dict):
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            return Chunk(finish_reason=finish_reason)
+        finish_reason = finish_reason or "stop"
+    text = parse_text(message.get("content")) + parse_text(message.get("refusal"))
+    has_reasoning = any(message.get(name) for name in REASONING_FIELDS)
+    has_other_content = bool(message.get("content")) and not text  # parts that have no text
+    return Chunk(text, has_reasoning or has_other_content, finish_reason)
+
+
+def find_first_choice(choices):
+    """Return the choice whose index is 0 or missing, or {}; more than one is sent only if BOT_OPTIONS asks for it."""
+    if not isinstance(choices, list):
+        return {}
+    return next((item for item in choices if isinstance(item, dict) and item.get("index") in (0, "0", None)), {})
 
 
 def parse_text(content):
-    """Return a message's content as a string; it may also be a list of parts, or null."""
+    """Return a message's content as a string; it may also be a part, a list of parts, or null."""
     if isinstance(content, str):
         return content
+    if isinstance(content, dict):
+        content = [content]
     if not isinstance(content, list):
         return ""
     texts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -114,23 +177,16 @@ def parse_text(content):
 
 
 def parse_finish_reason(reason):
-    """Return a finish reason in lower case, or None while the reply is unfinished."""
-    reason = str(reason or "").lower()
+    """Return a finish reason in lower case and without details, or None while the reply is unfinished."""
+    reason = str(reason or "").lower().partition(":")[0].strip()
     return None if reason in UNFINISHED else reason
-
-
-def check_end(finish_reason, has_text, is_done):
-    """Raise BotError or BotTruncated unless the reply is complete; `is_done` is whether `[DONE]` was received."""
-    if finish_reason in TRUNCATED:
-        raise BotTruncated(f"the model ended the reply: {finish_reason}")
-    if finish_reason == "error" or not (finish_reason or (is_done and has_text)):
-        raise BotError("the model broke off")
 
 
 def skip_thinking(texts):
     """Yield the texts of a reply without white space and `<think>` blocks at its beginning.
 
-    An empty string is yielded for each text that is left out, as a sign that the model works.
+    An empty string is yielded for each text that is left out, as a sign that the model works. Thinking whose `<think>`
+    the chat template puts into the prompt cannot be told from the reply; the model server must take it out.
     """
     texts = iter(texts)
     buffer, next_tag = "", THINK_START
@@ -160,22 +216,31 @@ def skip_think_tags(buffer, next_tag):
 
 def parse_error(status, body, retry_after=None):
     """Return the BotError for an error response. Its message has the status, kind and length, but no word of it."""
+    fields = find_error_fields(body)
+    kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
+    if status == 200:
+        status = next((int(kind[:3]) for kind in kinds if kind.isdecimal()), 200)
+    shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
+    summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
+    is_busy = status in BUSY_STATUSES or (status == 200 and BUSY_KIND.search(" ".join(kinds)))
+    metadata = fields.get("metadata")
+    texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    words = " ".join([*kinds, *(text for text in texts if isinstance(text, str))])
+    if status == 413 or (status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)):
+        return ContextExceeded(summary)
+    return BotBusy(summary, parse_retry_after(retry_after)) if is_busy else BotError(summary)
+
+
+def find_error_fields(body):
+    """Return the error object of a response, which servers nest in several ways, as a dict."""
     try:
         document = parse_json(body)
     except BotError:
         document = body.decode("utf-8", "replace")
-    error = document.get("error", document) if isinstance(document, dict) else document
-    fields = error if isinstance(error, dict) else {"message": error}
-    code, kind, message = (str(fields.get(name) or "") for name in ("code", "type", "message"))
-    if status == 200 and code.isdecimal():
-        status = int(code[:3])
-    kinds = [word for word in (code, kind) if ERROR_KIND.fullmatch(word)]
-    summary = f"the model answered {' '.join([str(status), *kinds])}, {len(body)} bytes"
-    if status == 413 or (status in CONTEXT_STATUSES and CONTEXT_EXCEEDED.search(f"{code} {kind} {message}")):
-        return ContextExceeded(summary)
-    if status in BUSY_STATUSES:
-        return BotBusy(summary, parse_retry_after(retry_after))
-    return BotError(summary)
+    if isinstance(document, list) and document:
+        document = document[0]
+    error = document.get("error") or document if isinstance(document, dict) else document
+    return error if isinstance(error, dict) else {"message": error}
 
 
 def parse_retry_after(value):

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, Se
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
-from app.database import autocommit, database_now
+from app.database import autocommit, database_now, format_traceback
 from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
@@ -178,6 +178,7 @@ class ReplyManager:
         self.replies = {}  # by id
         self.counts = Counter()  # of replies in progress, by user
         self.ended = deque()  # replies whose end is to be stored
+        self.delayed_ids = set()  # of replies that could not be stored at the last attempt
         self.lock = Lock()
         self.conversation_locks = WeakValueDictionary()
         self.wakeup = Event()
@@ -350,14 +351,22 @@ class ReplyManager:
             try:
                 with self.app.app_context():
                     self.store()
+                self.delayed_ids.clear()
             except Exception as error:
-                is_unavailable = isinstance(error, OperationalError | InterfaceError)
-                reason = type(error.orig if is_unavailable else error).__name__
-                exc_info = None if is_unavailable else error
-                self.app.logger.error("Replies cannot be stored, trying again: %s", reason, exc_info=exc_info)
+                self.log_delay(error)
                 time.sleep(POLL_INTERVAL)
             with self.lock:
                 is_busy = self.is_storing = bool(self.replies) or (is_woken and not self.is_shutting_down)
+
+    def log_delay(self, error):
+        """Log why replies cannot be stored now: once for each of them, with the id of its request."""
+        is_unavailable = isinstance(error, OperationalError | InterfaceError)
+        reason = type(error.orig).__name__ if is_unavailable else format_traceback(error)
+        for reply in list(self.replies.values()):
+            if reply.id not in self.delayed_ids:
+                self.delayed_ids.add(reply.id)
+                extra = {"request_id": reply.request_id}
+                self.app.logger.error("The reply cannot be stored, trying again: %s", reason, extra=extra)
 
     def store(self):
         """Store the replies that have ended; at each POLL_INTERVAL, look after those in progress."""

@@ -1,10 +1,13 @@
 """Error responses, and what the log says of their causes."""
 
+from contextlib import contextmanager
+
 import pytest
 from sqlalchemy import event, exc
 
 from app import db
 from tests.conftest import on_sqlite
+from tests.helpers.server import wait_until
 from tests.helpers.statuses import STATUSES, fail_as_told, request_every_status
 
 DATABASE_UNAVAILABLE = {"error": "The database is unavailable, try again later"}
@@ -164,7 +167,52 @@ def test_bug_returns_500_without_its_cause_and_is_logged_once_with_traceback(
     response = ada.get("/api/conversations")
     assert (response.status_code, response.json) == (500, {"error": "Internal server error"})
     assert "cause" not in f"{response.headers}"
-    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert "Traceback" in caplog.text
+    assert "test_errors.py" in caplog.text
+    assert "secret" not in caplog.text
+
+
+REFUSE = {
+    "sqlite": """CREATE TRIGGER refuse BEFORE {event} ON message WHEN NEW.text LIKE '%words%'
+        BEGIN SELECT RAISE(ABORT, 'refused'); END""",
+    "postgresql": "ALTER TABLE message ADD CONSTRAINT refuse CHECK (text NOT LIKE '%words%' OR sender <> '{sender}')",
+}
+ALLOW = {"sqlite": "DROP TRIGGER refuse", "postgresql": "ALTER TABLE message DROP CONSTRAINT refuse"}
+
+
+@contextmanager
+def messages_refused(app, **names):
+    """Have the database refuse messages that contain "words" while the block is executed."""
+    with app.app_context(), db.engine.begin() as connection:
+        connection.exec_driver_sql(REFUSE[connection.dialect.name].format(**names).replace("%", "%%"))
+    try:
+        yield
+    finally:
+        with app.app_context(), db.engine.begin() as connection:
+            connection.exec_driver_sql(ALLOW[connection.dialect.name])
+
+
+def test_database_error_at_a_send_is_logged_without_the_message(app, ada, caplog):
+    conversation_id = ada.create_conversation()
+    with messages_refused(app, event="INSERT", sender="user"):
+        response = ada.send_message(conversation_id, "my words")
+    assert response.status_code == 500
+    assert "Traceback" in caplog.text
+    assert "my words" not in caplog.text
+
+
+def test_database_error_at_the_end_of_a_reply_is_logged_without_the_message(app, ada, caplog):
+    conversation_id = ada.create_conversation()
+    with messages_refused(app, event="UPDATE", sender="bot"):
+        headers = {"Prefer": "respond-async", "X-Request-ID": "request-7"}
+        response = ada.send_message(conversation_id, "words", headers=headers)
+        wait_until(lambda: "The reply cannot be stored" in caplog.text)
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.request_id == "request-7"
+    assert "Traceback" in caplog.text
+    assert "words" not in caplog.text
+    wait_until(lambda: "status" not in ada.get_message(conversation_id, response.json[1]["id"]).json)
 
 
 def test_error_of_a_client_leaves_no_traceback(ada, caplog):

@@ -30,8 +30,9 @@ def _clean_environment(monkeypatch):
     for name in PROXY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", 0.5)
 
 
 @pytest.fixture
@@ -138,7 +139,11 @@ def test_connection_that_the_server_closed_is_replaced(model):
 # Responses
 
 
-QUIET = ({}, {"choices": []}, {"choices": None}, {"choices": {}}, {"choices": [None]}, {"choices": [{"delta": None}]})
+QUIET = (
+    *({}, None, {"choices": []}, {"choices": None}, {"choices": {}}, {"choices": [None]}),
+    *({"choices": [{"delta": None}]}, {"choices": [{"index": 0}]}, {"choices": [{"message": None}]}),
+)
+SECOND_CHOICE = {"index": 1, "delta": {"content": "No"}, "finish_reason": "stop"}
 USAGE = event({"choices": [], "usage": {"total_tokens": 3}})
 RAW = json.dumps({"choices": [{"delta": {"content": "naïve 🚂"}}]}, ensure_ascii=False).encode()
 TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking": []}, {"type": "text", "text": "!"}]
@@ -148,7 +153,7 @@ TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking"
     ("script", "text"),
     [
         (["Hello", " there."], "Hello there."),
-        (["Hello", b": comment\n\n", *map(event, QUIET), USAGE, "", "!"], "Hello!"),
+        (["Hello", b": comment\n\n", b"data:\n\n", *map(event, QUIET), USAGE, "", "!"], "Hello!"),
         ([b": comment\nevent: message\nid: 1\nretry: 5\n" + chunk({"content": "Hello"})], "Hello"),
         ([bytes([byte]) for byte in b"data: " + RAW + b"\n\n"], "naïve 🚂"),
         ([b"data:" + RAW + b"\n\n"], "naïve 🚂"),
@@ -162,9 +167,13 @@ TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking"
         ([chunk({"refusal": "I cannot "}), chunk({"content": None, "refusal": "help."})], "I cannot help."),
         ([chunk({"reasoning_content": "Hm"}), chunk({"reasoning": "Hm", "content": ""}), "Yes"], "Yes"),
         ([chunk({"tool_calls": [{"function": {"name": "x", "arguments": "y"}}]}), "Yes"], "Yes"),
-        ([event({"choices": [{"index": 1, "delta": {"content": "No"}}]}), "Yes"], "Yes"),
+        ([event({"choices": [SECOND_CHOICE]}), "Yes"], "Yes"),
+        ([event({"choices": [SECOND_CHOICE, {"index": "0", "delta": {"content": "Yes"}}]})], "Yes"),
+        ([event({"choices": [{"delta": None, "message": {"content": "Yes"}}]})], "Yes"),
+        ([chunk({"content": {"type": "text", "text": "Hello"}})], "Hello"),
         ([chunk({"content": "Hello"}, ""), chunk({"content": " there"}, "null")], "Hello there"),
         ([chunk({"content": "", "role": "assistant"}, "stop"), chunk({"content": "Hi"}, "stop"), "!"], "Hi!"),
+        ([chunk({"content": "Hi"}, "stop"), chunk({}, "stop"), chunk({"content": "!"}, "stop")], "Hi!"),
         (
             [chunk({"reasoning": "Hm"}, "stop"), chunk({"content": "Hi"}, "stop"), chunk({"content": "!"}, "STOP")],
             "Hi!",
@@ -200,6 +209,16 @@ def test_response_without_streaming_is_read(model, body, error):
     assert (text, type(raised)) == ("Hello", error)
 
 
+TRUNCATED = [
+    *("length", "model_length", "model_context_window_exceeded", "sensitive", "PROHIBITED_CONTENT", "blocklist"),
+    *("SPII", "content_filter: RECITATION"),
+]
+BUSY = [
+    *({"code": 429}, {"code": "429"}, {"status_code": 503}, {"type": "overloaded_error"}),
+    *({"code": "rate_limit_exceeded"}, {"status": "RESOURCE_EXHAUSTED"}),
+]
+
+
 @pytest.mark.parametrize(
     ("script", "ending", "text", "error"),
     [
@@ -212,6 +231,10 @@ def test_response_without_streaming_is_read(model, body, error):
         (["Hello"], [chunk({}, "stop"), stall], "Hello", None),
         ([], [chunk({"content": "Hello"}, "stop"), stall], "Hello", None),
         ([], [chunk({"content": "Hello"}, "stop"), cut_in_event], "Hello", None),
+        ([], [chunk({"content": "Hello"}, "stop"), drip(b"3\r\n:\n\n\r\n")], "Hello", None),
+        ([], [chunk({"content": "Hello"}, "length"), drip(b"3\r\n:\n\n\r\n")], "Hello", BotTruncated),
+        ([chunk({"content": "Hel"}, "stop")], [chunk({"content": "lo"}, "stop"), cut], "Hello", BotError),
+        (["Hello"], [event({"choices": [{"index": 0, "content_filter_results": {}}]}), cut], "Hello", BotError),
         ([], [chunk({}, "tool_calls"), DONE], "", None),
         (["Hello"], [DONE], "Hello", None),
         (["Hello"], [DONE, stall], "Hello", None),
@@ -221,7 +244,8 @@ def test_response_without_streaming_is_read(model, body, error):
         (["Hello"], [cut], "Hello", BotError),
         (["Hello"], [cut_in_event], "Hello", BotError),
         ([chunk({"content": "Hello"}, "")], [end], "Hello", BotError),
-        (["Hello"], [chunk({}, "error"), DONE], "Hello", BotError),
+        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotTruncated) for reason in TRUNCATED),
+        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotError) for reason in ("error", "abort", "network_error")),
         (["Hello"], [event({"error": {"message": SECRET, "code": 500}}), DONE], "Hello", BotError),
         (
             ["Hello"],
@@ -229,7 +253,7 @@ def test_response_without_streaming_is_read(model, body, error):
             "Hello",
             BotTruncated,
         ),
-        ([], [event({"error": {"message": SECRET, "code": 429}})], "", BotBusy),
+        *(([], [event({"error": {"message": SECRET, **fields}})], "", BotBusy) for fields in BUSY),
         ([], [event({"error": SECRET})], "", BotError),
         ([], [event({"object": "error", "message": SECRET, "code": 400})], "", BotError),
         (["Hello"], [b'data: {"cut\n\n'], "Hello", BotError),
@@ -244,6 +268,25 @@ def test_end_of_reply_is_judged_by_all_signs(model, script, ending, text, error)
     collected, raised = ask(model)
     assert (collected, type(raised)) == (text, error or type(None))
     assert SECRET not in str(raised)
+
+
+def test_stop_before_a_short_timeout_is_a_whole_reply(model):
+    model.script, model.ending = [], [chunk({"content": "Hello"}, "stop"), stall]
+    assert ask(model, BOT_TIMEOUT=0.3) == ("Hello", None)
+
+
+@pytest.mark.parametrize("first", [chunk({"role": "assistant"}, "stop"), chunk({"reasoning": "Hm"}, "stop")])
+def test_stop_before_the_first_text_leaves_time_for_it(model, monkeypatch, first):
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", 0.05)
+    model.script = [first, lambda handler: time.sleep(0.3), chunk({"content": "Hello"}, "stop")]
+    assert ask(model) == ("Hello", None)
+
+
+def test_stop_with_every_chunk_leaves_time_for_the_next_one(model, monkeypatch):
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", 0.2)
+    hello = [chunk({"content": text}, "stop") for text in ("Hel", "lo")]
+    model.script = [*hello, lambda handler: time.sleep(0.6), chunk({"content": "!"}, "stop")]
+    assert ask(model) == ("Hello!", None)
 
 
 def test_stop_ends_reply_at_once(model, monkeypatch):
@@ -307,7 +350,29 @@ def get_exception_texts(error):
     return "\n".join(texts)
 
 
-VLLM = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
+CONTEXT_EXCEEDED = [
+    {"error": {"message": SECRET, "code": "context_length_exceeded"}},
+    {"error": {"message": SECRET, "type": "exceed_context_size_error"}},
+    {"error": {"message": SECRET, "code": "model_max_prompt_tokens_exceeded"}},
+    {"object": "error", "message": f"This model's maximum context length is 4096 tokens. {SECRET}", "code": 400},
+    {"error": {"message": f"The decoder prompt (length 9) is longer than the maximum model length of 8. {SECRET}"}},
+    {"error": {"message": f"litellm.ContextWindowExceededError: {SECRET}"}},
+    {"error": {"message": f"Requested tokens (9) exceed context window of 8 {SECRET}"}},
+    {"error": {"message": f"This model's maximum prompt length is 8 but the request contains 9 tokens. {SECRET}"}},
+    {"error": {"message": f"prompt is too long: 9 tokens > 8 maximum {SECRET}"}},
+    {"error": {"message": f"Invalid request: Your request exceeded model token limit: 8 {SECRET}"}},
+    {"error": {"message": f"prompt token count of 9 exceeds the limit of 8 {SECRET}"}},
+    {"error": {"message": f"Range of input length should be [1, 8] {SECRET}"}},
+    {"error": {"message": f"Prompt exceeds max length {SECRET}", "code": "1261"}},
+    {"error": {"message": f"Prompt length 9 is greater than max_seq_len 8 {SECRET}"}},
+    {"error": f"Input validation error: `inputs` must have less than 8 tokens. Given: 9 {SECRET}"},
+    {"error": f"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8 {SECRET}"},
+    {"error": {"message": "Provider returned error", "metadata": {"raw": f"context length {SECRET}"}}},
+    {"detail": f"the context size is exceeded {SECRET}"},
+    [{"error": {"message": f"The input token count exceeds the maximum number of tokens allowed {SECRET}"}}],
+]
+
+
 ERRORS = [
     (400, {"error": {"message": SECRET, "type": "invalid_request_error"}}, BotError, "400 invalid_request_error"),
     (400, {"error": {"message": SECRET, "type": SECRET, "code": "sk-secret"}}, BotError, "400,"),
@@ -322,14 +387,16 @@ ERRORS = [
     (429, {"error": {"message": SECRET, "code": "rate_limit_exceeded"}}, BotBusy, "429 rate_limit_exceeded"),
     (503, b"Loading model", BotBusy, "503,"),
     (413, SECRET.encode(), BotMessageTooLong, "413,"),
-    (400, {"error": {"message": SECRET, "code": "context_length_exceeded"}}, BotMessageTooLong, "400 context_length"),
-    (400, {"error": {"message": SECRET, "type": "exceed_context_size_error"}}, BotMessageTooLong, "exceed_context"),
-    (400, {"object": "error", "message": VLLM + SECRET, "type": "BadRequestError"}, BotMessageTooLong, "BadRequestEr"),
-    (400, {"error": {"message": f"litellm.ContextWindowExceededError: {SECRET}"}}, BotMessageTooLong, "400,"),
-    (500, {"error": {"message": "Requested tokens (9) exceed context window of 8"}}, BotMessageTooLong, "500,"),
+    *((400, body, BotMessageTooLong, "400") for body in CONTEXT_EXCEEDED),
+    *((status, CONTEXT_EXCEEDED[0], BotMessageTooLong, f"{status} context_length") for status in (413, 422, 500)),
+    (500, CONTEXT_EXCEEDED[-2], BotMessageTooLong, "500,"),
     (200, {"error": {"code": 400, "type": "exceed_context_size_error"}}, BotMessageTooLong, "400 exceed_context_size"),
     (200, {"error": {"code": 503, "message": SECRET}}, BotBusy, "503,"),
+    (200, {"error": {"code": "rate_limit_exceeded", "message": "token limit"}}, BotBusy, "200 rate_limit_exceeded"),
     (401, {"error": {"message": "context length " + SECRET}}, BotError, "401,"),
+    (400, {"error": {"message": SECRET, "metadata": SECRET}}, BotError, "400,"),
+    (400, {"error": {}}, BotError, "400,"),
+    (400, [], BotError, "400,"),
 ]
 
 
@@ -390,6 +457,17 @@ def test_retry_after_may_be_a_date():
 def test_busy_model_raises_with_its_retry_after(model):
     model.refuse = lambda request: (429, {}, {"Retry-After": "7"})
     assert ask(model)[1].retry_after == 7
+
+
+@pytest.mark.parametrize("rest", [[b""], [stall], [drip(b" ")]])
+def test_busy_model_whose_body_is_cut_or_never_ends_raises_busy(model, rest):
+    def respond(handler):
+        handler.wfile.write(b"HTTP/1.1 429 Slow Down\r\nContent-Length: 100000\r\nRetry-After: 7\r\n\r\n{")
+        for step in rest:
+            step(handler) if callable(step) else cut(handler)
+
+    model.script = [respond]
+    assert ask(model, BOT_TIMEOUT=2)[1].retry_after == 7
 
 
 LONG_HISTORY = [(sender, f"{number:03}" * 10) for number in range(8) for sender in ("user", "bot")] + [("user", "new")]
@@ -484,11 +562,15 @@ def test_unresponsive_server_raises_timeout(scheme):
 
 
 @pytest.mark.parametrize(
-    "delta", [{"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"content": "x"}, {"content": [{"type": "thinking"}]}]
+    "delta",
+    [
+        *({"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"reasoning_details": [{"data": "Hm"}]}, {"content": "x"}),
+        *({"content": [{"type": "thinking"}]}, {"content": "", "reasoning": "Hm"}),
+    ],
 )
 def test_reasoning_and_text_are_signs_of_life(model, delta):
-    model.script = [step for _ in range(12) for step in (chunk(delta), lambda handler: time.sleep(0.25))]
-    assert ask(model, BOT_TIMEOUT=2)[1] is None
+    model.script = [step for _ in range(7) for step in (chunk(delta), lambda handler: time.sleep(0.2))]
+    assert ask(model, BOT_TIMEOUT=1)[1] is None
 
 
 def cancel_while_reading(reply):
@@ -702,6 +784,7 @@ def test_no_proxy_is_respected(model, monkeypatch, no_proxy):
         ("SSL_CERT_FILE", "/missing/secret.pem"),
         ("SSL_CERT_FILE", __file__),
         ("SSL_CERT_DIR", "/missing/secret"),
+        ("SSLKEYLOGFILE", "/missing/secret"),
     ],
 )
 def test_unusable_environment_raises_value_error_that_names_it(monkeypatch, variable, value):

@@ -304,7 +304,7 @@ def test_failure_after_202_leaves_nothing(app, ada, bot, gate, conversation_id, 
     with run_in_background(lambda: create_other_client(ada).follow_reply(conversation_id, reply["id"])) as [following]:
         gate.set()
     wait_until(lambda: count_messages(app) == 0)
-    assert following.result().status_code in (status, 404)
+    assert following.result().status_code in (status, 502, 404)  # the latter two if it came late
     for message in (question, reply):
         assert ada.get_message(conversation_id, message["id"]).status_code == 404
 
