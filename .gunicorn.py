@@ -295,7 +295,8 @@ worker_class = Worker
 
 def post_worker_init(worker):
     """Let the log write to stderr directly: to find the stream of each request takes longer than to write to it."""
-    default_handler.setStream(sys.stderr)
+    if worker.cfg.errorlog == "-":
+        default_handler.setStream(sys.stderr)
 
 
 def pre_request(worker, req):

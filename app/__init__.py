@@ -28,10 +28,6 @@ class SessionInterface(SecureCookieSessionInterface):
     def get_signing_serializer(self, app):
         return self.signing_serializer
 
-    def save_session(self, app, session, response):
-        if session.modified:  # else there is nothing to do: all responses have `Vary: Cookie`
-            super().save_session(app, session, response)
-
 
 def create_app(config=None, bot=None):
     """Return a new application.

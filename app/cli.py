@@ -83,10 +83,12 @@ def users():
 def prune(before):
     """Delete the conversations that have not changed since a date."""
     before = before.replace(tzinfo=UTC)
+    if before > datetime.now(UTC):
+        raise click.BadParameter("must not be in the future", param_hint="--before")
     count = last_id = 0
     try:
-        while ids := Conversation.prune(before, last_id, PRUNE_BATCH_SIZE):
-            count, last_id = count + len(ids), ids[-1]
+        while ids := Conversation.list_unchanged_ids(before, last_id, PRUNE_BATCH_SIZE):
+            count, last_id = count + Conversation.prune(ids, before), ids[-1]
             time.sleep(PRUNE_PAUSE)
     except SQLAlchemyError as error:
         raise to_click_exception(error) from error

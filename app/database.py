@@ -78,8 +78,8 @@ class Session(FlaskSession):
 def autocommit(engine):
     """Return the engine in autocommit mode, to read: PostgreSQL then needs no BEGIN and ROLLBACK, SQLite no lock.
 
-    SQLite's driver begins no transaction for a SELECT. Its own AUTOCOMMIT level would take a tenth of a request to
-    set and reset.
+    SQLite's driver begins no transaction for a SELECT (and a write would be rolled back). Its own AUTOCOMMIT level
+    would take a tenth of a request to set and reset.
     """
     if engine.dialect.name == "sqlite":
         return engine.execution_options(begin_immediate=False)
@@ -108,7 +108,7 @@ def compile_json_object_for_sqlite(element, compiler, **kw):
 @compiles(json_object, "postgresql")
 def compile_json_object_for_postgresql(element, compiler, **kw):
     # json_build_object() would take a fifth longer.
-    template = ", ".join(f'"{name}": %s' for name in element.names)
+    template = ",".join(f'"{name}":%s' for name in element.names)
     values = [func.coalesce(func.to_json(value), literal_column("'null'")) for value in list(element.clauses)[1::2]]
     return compiler.process(func.format(literal_column(f"'{{{template}}}'"), *values), **kw)
 

@@ -22,7 +22,7 @@ SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
-SEND_TIMEOUT = 10  # seconds that a request waits for other requests to add to the same conversation
+LOCK_TIMEOUT = 10  # seconds that a request waits for the user's other requests to add to the same conversation
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 
 
@@ -191,7 +191,7 @@ class ReplyManager:
 
         Raises what start() does.
         """
-        reply = self.start(exchange, request_id) if exchange.history else self.get(exchange)
+        reply = self.start(exchange, request_id) if exchange.history else self.join(exchange)
         db.session.close()  # holds no connection while the bot works
         return reply
 
@@ -216,14 +216,14 @@ class ReplyManager:
         return reply
 
     @contextmanager
-    def sending(self, conversation_id):
-        """Let one request at a time add to a conversation: the others wait here, without a database connection.
+    def lock_conversation(self, user_id, conversation_id):
+        """Let one request of a user at a time add to a conversation: the others wait, without a database connection.
 
-        Raises ServiceUnavailable after SEND_TIMEOUT.
+        Raises ServiceUnavailable after LOCK_TIMEOUT.
         """
         with self.lock:
-            lock = self.conversation_locks.setdefault(conversation_id, Lock())
-        if not lock.acquire(timeout=SEND_TIMEOUT):
+            lock = self.conversation_locks.setdefault((user_id, conversation_id), Lock())
+        if not lock.acquire(timeout=LOCK_TIMEOUT):
             raise ServiceUnavailable("The conversation is busy, try again later", retry_after=2)
         try:
             yield
@@ -249,6 +249,10 @@ class ReplyManager:
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
         return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
+
+    def join(self, exchange):
+        """Return the reply of an exchange: one that is over as it was read, else as get() does."""
+        return self.get(exchange) if exchange.reply.get("status") == "in_progress" else StoredReply(exchange)
 
     def stop(self, exchange):
         """Stop a reply in progress; commit. Its process stores it within about a second, see Reply.follow()."""
@@ -389,7 +393,8 @@ class ReplyManager:
         lost_ids = save_replies([reply.to_row() for reply in kept]) if kept else set()
         for reply in ended:
             self.ended.popleft()
-            self.replies.pop(reply.id)
+            if self.replies.get(reply.id) is reply:  # not its retry
+                del self.replies[reply.id]
             self.release(reply.exchange.user_id)
             reply.set_stored(is_deleted=reply in discarded or reply.id in lost_ids)
 

@@ -166,6 +166,24 @@ def test_prune_deletes_conversations_unchanged_since_the_date_with_their_message
         assert db.session.scalar(select(func.count()).select_from(Message)) == 0
 
 
+def test_prune_keeps_a_conversation_that_changes_meanwhile(app, ada):
+    first_id, second_id = ada.create_conversation(), ada.create_conversation()
+    with app.app_context():
+        before = datetime.now(UTC)
+        ids = Conversation.list_unchanged_ids(before, 0, 20)
+        db.session.commit()
+        ada.send_message(first_id, "Hello")
+        assert (ids, Conversation.prune(ids, before)) == ([first_id, second_id], 1)
+    assert [conversation["id"] for conversation in ada.list_conversations()] == [first_id]
+
+
+def test_prune_with_a_future_date_is_refused(app, ada):
+    ada.create_conversation()
+    status, _, errors = invoke(app, "prune", "--before", "2999-01-01")
+    assert (status, errors[-1]) == (2, "Error: Invalid value for --before: must not be in the future")
+    assert len(ada.list_conversations()) == 1
+
+
 def test_prune_with_an_invalid_date_says_which_are_valid(app):
     status, _, errors = invoke(app, "prune", "--before", "yesterday")
     assert status == 2

@@ -8,6 +8,7 @@ from sqlalchemy import func, select
 from app import db
 from app.bot import BotError, BotTimeout
 from app.models import Message
+from app.models.conversation import save_replies
 from tests.conftest import SHARED_SESSIONS, create_other_client
 from tests.helpers.bots import ASYNC, STREAM, Gate, join_deltas, read_events
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
@@ -348,3 +349,18 @@ def test_repeat_while_conversation_is_deleted_returns_404(ada, bot, conversation
         response = repeating.result(TIMEOUT)
     assert response.status_code in (404, 502)
     assert list(response.json) == ["error"]
+
+
+def test_repeat_between_the_end_and_its_storing_has_the_stored_reply(app, ada, conversation_id, monkeypatch):
+    repeats = []
+
+    def save_and_repeat(rows):
+        lost = save_replies(rows)
+        if not repeats:
+            repeats.append(send(create_other_client(ada), conversation_id, headers=ASYNC))
+        return lost
+
+    monkeypatch.setattr("app.replies.save_replies", save_and_repeat)
+    pair = send(ada, conversation_id).json
+    assert (repeats[0].status_code, repeats[0].json) == (201, pair)
+    assert repeats[0].headers["Idempotent-Replayed"] == "true"

@@ -247,6 +247,7 @@ def encode_cursor(text):
         ("/api/conversations?before=5&limit=5&order=recent", "order=recent requires cursor instead of before"),
         ("/api/conversations?order=oldest", "order must be recent"),
         ("/api/conversations?cursor={cursor}", "cursor requires limit and order=recent"),
+        ("/api/conversations?cursor={cursor_of_id_0}", "cursor requires limit and order=recent"),
         ("/api/conversations?cursor={cursor}&limit=1", "cursor requires limit and order=recent"),
         ("/api/conversations?cursor={cursor}&order=recent", "cursor requires limit and order=recent"),
         ("/api/users/status?after=5", "after requires limit"),
@@ -254,8 +255,8 @@ def encode_cursor(text):
     ],
 )
 def test_parameters_that_do_not_go_together_return_400(ada, path, error):
-    cursor = encode_cursor("2026-01-31T12:00:00+00:00 1")
-    assert get_answer(ada.get(path.format(cursor=cursor))) == (400, {"error": error})
+    cursor, cursor_of_id_0 = (encode_cursor(f"2026-01-31T12:00:00+00:00 {id}") for id in (1, 0))
+    assert get_answer(ada.get(path.format(cursor=cursor, cursor_of_id_0=cursor_of_id_0))) == (400, {"error": error})
 
 
 @pytest.mark.parametrize(

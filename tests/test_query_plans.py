@@ -7,7 +7,7 @@ from app import db
 from app.models.conversation import fail_abandoned
 from tests.conftest import PASSWORD
 from tests.helpers.data import add_conversations, execute, get_items, get_next_url
-from tests.helpers.queries import explain, record_queries
+from tests.helpers.queries import count_connections, explain, record_queries
 
 ADD_USERS = """INSERT INTO "user" (id, user_id, username, password_hash, is_logged_in, session_token)
     WITH RECURSIVE n(i) AS (SELECT 100 UNION ALL SELECT i + 1 FROM n WHERE i < 1200)
@@ -95,6 +95,17 @@ def test_every_index_serves_a_request(app, ada, many_rows):
     used = {index for names, _ in plans.values() for index in names}
     # No plan shows it, but the database looks for the edits of each message that it deletes.
     assert indexes - used <= {"ix_message_replaces_id"}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_request_uses_one_connection_at_a_time(app, ada, name):
+    method, path = REQUESTS[name]
+    [id] = add_conversations(app, ada, 1, messages=4)
+    ids = {"id": id, "message_id": ada.list_messages(id)[0]["id"], "user_id": ada.user_id}
+    with count_connections(app) as most:
+        response = ada.open(path.format(**ids), method=method, json=BODY, buffered=True)
+    assert response.status_code < 300, response.get_data()
+    assert most == [1]
 
 
 def get_url_after_pages(client, url, pages):

@@ -972,3 +972,15 @@ def test_database_accepts_reply_of_each_status(app, ada, conversation_id, status
         db.session.execute(insert(Message).values(sender="bot", status=status, **values))
         db.session.commit()
     assert count_messages(app) == 1
+
+
+@on_postgresql
+def test_send_to_a_busy_conversation_of_another_user_returns_404_at_once(app, ada, bob, conversation_id):
+    with app.app_context(), db.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT id FROM conversation FOR UPDATE")
+        with run_in_background(lambda: ada.send_message(conversation_id)) as [sending]:
+            wait_until(lambda: app.extensions["replies"].conversation_locks)
+            assert bob.send_message(conversation_id).status_code == 404
+            assert not sending.done()
+            connection.rollback()
+    assert sending.result().status_code == 201

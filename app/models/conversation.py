@@ -83,10 +83,11 @@ class Conversation(db.Model):
         return cls.select_for_user(*filters).add_columns(messages_json.label("messages_json"))
 
     @classmethod
-    @cache  # and this one a tenth of the time of one that is answered with 304
+    @cache  # building this statement takes a tenth of the time of a request that is answered with 304
     def select_for_user(cls, *filters):
         """Select the conversations of the parameter `user_id`. The filters are names of further parameters.
 
+        `select_for_user("limit", "before")`, for instance, has the parameters user_id, limit and before.
         `id`: only that one. `folded`: those with this text, from fold_case(), in the name or a message. `limit`: so
         many, the newest first, `before`: of ids below it. `recent`: by the last change, the latest first;
         `last_updated_at` and `last_id`: those that follow this one. Without any of these: all, the oldest first.
@@ -135,16 +136,17 @@ class Conversation(db.Model):
         return db.session.execute(query.order_by(Message.id.desc())).all()
 
     @classmethod
-    def prune(cls, before, after_id, limit):
-        """Delete at most `limit` conversations above the id `after_id` without a change since `before`; commit.
+    def list_unchanged_ids(cls, before, after_id, limit):
+        """Return the ids of at most `limit` conversations above the id `after_id` without a change since `before`."""
+        query = select(cls.id).where(cls.updated_at < before, cls.id > after_id).order_by(cls.id).limit(limit)
+        return db.session.scalars(query).all()
 
-        Returns their ids in order.
-        """
-        is_old = cls.updated_at < before
-        page = select(cls.id).where(is_old, cls.id > after_id).order_by(cls.id).limit(limit)
-        ids = db.session.scalars(delete(cls).where(cls.id.in_(page), is_old).returning(cls.id)).all()
+    @classmethod
+    def prune(cls, ids, before):
+        """Delete conversations, but those that have changed since `before`; commit. Returns how many were deleted."""
+        count = db.session.execute(delete(cls).where(cls.id.in_(ids), cls.updated_at < before)).rowcount
         db.session.commit()
-        return sorted(ids)
+        return count
 
     def to_dict(self):
         """Return what the API shows of a conversation without its messages."""

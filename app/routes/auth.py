@@ -7,9 +7,10 @@ from flask_login import current_user, login_required, login_user, logout_user
 from orjson import Fragment
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from app import db, login_manager
-from app.database import SAFE_METHODS
+from app.database import SAFE_METHODS, autocommit
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import (
@@ -32,14 +33,20 @@ bp = Blueprint("auth", __name__)
 
 @login_manager.user_loader
 def load_user(session_token):
-    """Return the logged-in user of a session token, or None."""
+    """Return the logged-in user of a session token, or None.
+
+    A write reads it outside of its own transaction, and holds no connection afterwards.
+    """
     if not isinstance(session_token, str) or "\0" in session_token:  # another app with this SECRET_KEY signed it
         return None
-    user = User.get_by_session_token(session_token, current_app.config["SESSIONS_VALID_FROM"])
+    valid_from = current_app.config["SESSIONS_VALID_FROM"]
+    if request.method in SAFE_METHODS:
+        user = User.get_by_session_token(session_token, valid_from)
+    else:
+        with Session(autocommit(db.engine)) as db_session:
+            user = User.get_by_session_token(session_token, valid_from, db_session)
     if user:
         g.user_id = user.user_id
-    if request.method not in SAFE_METHODS:
-        db.session.close()  # a write has a transaction of its own, and holds no connection before it
     return user
 
 

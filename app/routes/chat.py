@@ -60,7 +60,7 @@ def list_conversations():
             return conditional_response(None, etag, get_next_page(rows, **filters))
     rows = Conversation.list_for_user(current_user.id, **filters)
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
-    page = rows[: filters.get("limit", len(rows) + 1) - 1]
+    page = rows[: filters["limit"] - 1] if "limit" in filters else rows
     body = [conversation_to_dict(row, has_details) for row in page]
     return conditional_response(body, get_etag(rows), get_next_page(rows, **filters))
 
@@ -79,7 +79,7 @@ def get_list_args():
         abort(400, "before requires limit")
     if before and order:
         abort(400, "order=recent requires cursor instead of before")
-    if last_id and not (limit and order):
+    if last_id is not None and not (limit and order):
         abort(400, "cursor requires limit and order=recent")
     filters = {
         "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
@@ -94,7 +94,7 @@ def get_list_args():
 
 
 def get_cursor():
-    """Return (updated_at, id) of the query string's cursor, or two times None; abort with 400 if it is invalid."""
+    """Return (updated_at, id) of the query string's cursor, or (None, None); abort with 400 if it is invalid."""
     cursor = get_str_arg("cursor", MAX_NAME_LENGTH)
     if cursor is None:
         return None, None
@@ -151,7 +151,9 @@ def get_conversation(conversation_id):
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
         return conditional_response(None, etag)
-    filters = {"id": conversation_id} if messages is None else {"id": conversation_id, "messages": messages}
+    filters = {"id": conversation_id}
+    if messages is not None:
+        filters["messages"] = messages
     rows = Conversation.list_for_user(current_user.id, **filters)
     if not rows:  # it was deleted just now
         abort(404, "Conversation not found")
@@ -229,7 +231,7 @@ def send_message(conversation_id):
     """Send a message and return it with the bot's reply, see respond_with_reply()."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
     replies = current_app.extensions["replies"]
-    with replies.sending(conversation_id):
+    with replies.lock_conversation(current_user.id, conversation_id):
         exchange = Exchange.add(conversation_id, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], key)
         if exchange is None:
             abort(404, "Conversation not found")
@@ -245,7 +247,7 @@ def edit_message(conversation_id, message_id):
     """Edit a message of the user, drop what follows it, and return it with the bot's new reply."""
     text = get_string("text", MAX_TEXT_LENGTH)
     replies = current_app.extensions["replies"]
-    with replies.sending(conversation_id):
+    with replies.lock_conversation(current_user.id, conversation_id):
         exchange = get_edited_exchange(conversation_id, message_id, text)
         reply = replies.start_or_join(exchange, g.request_id)
     return respond_with_reply(reply, 200)
@@ -262,11 +264,10 @@ def get_edited_exchange(conversation_id, message_id, text):
     if exchange and exchange.reply.get("status") == "in_progress":
         if exchange.question["text"] != text:
             abort(409, "The reply to this message is in progress: stop it first")
-    elif Message.get_pending_edit(conversation_id, "user"):
+        return exchange
+    if Message.get_pending_edit(conversation_id, "user"):
         abort(409, "Another message of this conversation is being edited")
-    else:
-        return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
-    return exchange
+    return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
 
 
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")

@@ -1,7 +1,9 @@
 """The queries that requests send, and the plans by which the databases execute them."""
 
 import re
+from collections import Counter
 from contextlib import contextmanager
+from threading import get_ident
 
 from sqlalchemy import event
 
@@ -23,6 +25,30 @@ def record_queries(app):
         yield queries
     finally:
         event.remove(engine, "before_cursor_execute", record)
+
+
+@contextmanager
+def count_connections(app):
+    """Count the connections that threads use while the block is executed; yield [the most of one thread at a time]."""
+    in_use, most = Counter(), [0]
+
+    def check_out(connection, record, proxy):
+        record.info["thread"] = get_ident()
+        in_use[get_ident()] += 1
+        most[0] = max(most[0], in_use[get_ident()])
+
+    def check_in(connection, record):
+        in_use[record.info.pop("thread", None)] -= 1
+
+    with app.app_context():
+        pool = db.engine.pool
+    event.listen(pool, "checkout", check_out)
+    event.listen(pool, "checkin", check_in)
+    try:
+        yield most
+    finally:
+        event.remove(pool, "checkout", check_out)
+        event.remove(pool, "checkin", check_in)
 
 
 def explain(app, statement, parameters):

@@ -1,15 +1,28 @@
 """The HTTP server around the application: malformed requests, header limits, proxies, file modes and TLS errors."""
 
+import os
 import re
 import socket
 import stat
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.server import HttpClient, Server, connect, format_head, read_response, receive_all
+from tests.helpers.server import (
+    ROOT,
+    HttpClient,
+    Server,
+    connect,
+    find_free_port,
+    format_head,
+    read_response,
+    receive_all,
+    wait_until,
+)
 from tests.helpers.tls import create_certificate, create_tls_context
 
 pytestmark = pytest.mark.slow
@@ -287,3 +300,15 @@ def test_failed_tls_handshake_leaves_no_traceback(tls_server, data):
     with HttpClient(tls_server.port, context=create_tls_context()) as client:
         tls_server.wait_for(client.get("/api/current_user").headers["X-Request-ID"])
     assert "Traceback" not in tls_server.output
+
+
+def test_error_logfile_has_the_lines_of_requests(tmp_path):
+    log, port = tmp_path / "error.log", find_free_port()
+    settings = {"PORT": str(port), "DATABASE_URL": f"sqlite:///{tmp_path / 'chatbot.db'}"}
+    command = [sys.executable, "run.py", f"--error-logfile={log}"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stderr=subprocess.DEVNULL) as program:
+        wait_until(lambda: log.exists() and "Booting worker" in log.read_text())
+        with HttpClient(port) as client:
+            assert client.get("/api/test").status == 200
+        program.terminate()
+    assert "GET /api/test 200" in log.read_text()
