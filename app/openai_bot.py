@@ -91,9 +91,9 @@ class ReplyStream:
 
     def _receive(self):
         """Wait for a sign of life and return all text that has arrived."""
-        timeout = self._bot.server.timeout
+        timeout = FINISH_TIMEOUT if self._completion.is_finished else self._bot.server.timeout
         try:
-            items = [self._items.get(timeout=min(FINISH_TIMEOUT, timeout) if self._completion.is_finished else timeout)]
+            items = [self._items.get(timeout=timeout)]
         except Empty:
             if self._completion.is_finished:
                 self._exchange.abort()  # the thread ends the reply
@@ -136,7 +136,7 @@ class ReplyStream:
             history = fit_history(self._history, length // 2)
 
     def _read_response(self, body):
-        """Send a request and yield the texts of its response; an empty one stands for another sign of progress."""
+        """Send a request and yield the texts of its response; an empty one stands for reasoning."""
         response = self._exchange.send(body)
         if not 200 <= response.status < 300:
             raise parse_error(response.status, self._exchange.read_error(), response.headers["Retry-After"])
@@ -205,14 +205,14 @@ class Exchange:
     def read_error(self):
         """Return the body of an error response, as far as it arrives in a short time."""
         seconds = min(ERROR_TIMEOUT, self._server.timeout / 2)
-        blocks, deadline = [], time.monotonic() + seconds
+        body, deadline = b"", time.monotonic() + seconds
         with suppress(OSError, HTTPException):
             self._socket.settimeout(seconds / 2)
             for block in self.iter_blocks():
-                blocks.append(block)
-                if len(blocks) == MAX_DRAIN_BLOCKS or time.monotonic() > deadline:
+                body += block
+                if len(body) > BLOCK_BYTES or time.monotonic() > deadline:
                     break
-        return b"".join(blocks)
+        return body
 
     def abort(self):
         """Shut down the connection, which wakes the thread that uses it."""

@@ -64,7 +64,7 @@ class Completion:
         return bool(self.finish_reason) and self.has_text and not self.is_continued
 
     def receive(self, data):
-        """Return the text of an event, an empty one for another sign of progress, or None if there is neither.
+        """Return the text of an event, an empty one for reasoning, or None if there is neither.
 
         Raises BotError for an error.
         """
@@ -73,12 +73,12 @@ class Completion:
             return None
         chunk = parse_chunk(data)
         is_progress = bool(chunk.text or chunk.has_reasoning)
-        is_first_reason = chunk.finish_reason and not self.finish_reason
-        self.is_over = bool(is_first_reason and self.has_text and not is_progress)
+        is_end = bool(chunk.finish_reason) and not is_progress
+        self.is_over = is_end and self.has_text and not self.finish_reason
         self.is_continued = self.is_continued or bool(self.finish_reason and is_progress)
         self.has_text = self.has_text or bool(chunk.text)
         self.finish_reason = chunk.finish_reason or self.finish_reason
-        return chunk.text if is_progress or is_first_reason else None
+        return chunk.text if is_progress else None
 
     def check_end(self):
         """Raise BotError or BotTruncated unless the reply is complete."""
