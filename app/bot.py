@@ -1,7 +1,8 @@
 """The bot: a conversation's history in, chunks of the reply out. No Flask, no database.
 
 A bot is called as `bot(history, user_id=..., conversation_id=...)`. The history is a list of (sender, text), oldest
-first, with the user's new message last; the result is any iterable of strings. A bot raises BotError or one of its
+first, with the user's new message last; the result is any iterable of strings. The history may begin with a message of
+the bot, and have several messages of the user in a row: see fit_history(). A bot raises BotError or one of its
 subclasses when it fails. If the iterable has a method `cancel()`, another thread may call it to end a blocked `next()`.
 """
 

@@ -12,9 +12,11 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from app import create_app
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated, create_bot
 from app.openai_bot import Exchange
 from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
+from config import ConfigError
 from tests.helpers.model_server import DONE, ModelServer, chunk, cut, cut_in_event, drip, end, event, running, stall
 from tests.helpers.server import ROOT, TIMEOUT, find_free_port, measure, wait_until
 from tests.helpers.tls import create_certificate
@@ -792,6 +794,12 @@ def test_unusable_environment_raises_value_error_that_names_it(monkeypatch, vari
     with pytest.raises(ValueError, match=f"^{variable} must [^\n]*$") as raised:
         create_bot_for("https://localhost/v1")
     assert "secret" not in str(raised.value)
+
+
+def test_app_with_unusable_environment_raises_config_error(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1080")
+    with pytest.raises(ConfigError, match=r"^ALL_PROXY must be the http:// URL of a proxy$"):
+        create_app({"BOT_MODEL": "tiny", "OPENAI_BASE_URL": "https://localhost/v1", "DATABASE_URL": "sqlite://"})
 
 
 @pytest.mark.parametrize("key", ["sk-\n", "sk-é", "sk-\x00"])

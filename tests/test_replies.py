@@ -26,6 +26,7 @@ from tests.conftest import (
     on_postgresql,
 )
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, read_events
+from tests.helpers.data import add_conversations
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 WAYS_TO_SEND = {"waiting": ({}, 201), "stream": (STREAM, 200), "async": (ASYNC, 202)}
@@ -239,6 +240,14 @@ def test_history_has_at_most_bot_history_chars(make_app, bot):
     assert max(sizes) <= 1000
     assert bot.histories[-1][-1] == ("user", "9" * 300)
     assert ("user", "8" * 300) in bot.histories[-1]
+
+
+def test_history_has_at_most_200_messages_before_the_new_one(app, ada, bot):
+    [conversation_id] = add_conversations(app, ada, 1, messages=250)
+    ada.send_message(conversation_id, "new")
+    [history] = bot.histories
+    texts = [message["text"] for message in ada.list_messages(conversation_id)]
+    assert [text for _, text in history] == texts[50:251]
 
 
 ENDS = {
