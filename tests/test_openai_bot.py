@@ -796,10 +796,16 @@ def test_unusable_environment_raises_value_error_that_names_it(monkeypatch, vari
     assert "secret" not in str(raised.value)
 
 
-def test_app_with_unusable_environment_raises_config_error(monkeypatch):
+def test_app_with_unusable_environment_raises_config_error(monkeypatch, tmp_path):
     monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1080")
     with pytest.raises(ConfigError, match=r"^ALL_PROXY must be the http:// URL of a proxy$"):
-        create_app({"BOT_MODEL": "tiny", "OPENAI_BASE_URL": "https://localhost/v1", "DATABASE_URL": "sqlite://"})
+        create_app(
+            {
+                "BOT_MODEL": "tiny",
+                "OPENAI_BASE_URL": "https://localhost/v1",
+                "DATABASE_URL": f"sqlite:///{tmp_path}/chatbot.db",
+            }
+        )
 
 
 @pytest.mark.parametrize("key", ["sk-\n", "sk-é", "sk-\x00"])
