@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from flask import has_request_context, request
 from flask_sqlalchemy.session import Session as FlaskSession
-from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, func, literal_column, text
+from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, func, literal_column, select, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
@@ -17,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 
 MAX_ID = 2**63 - 1
+MAX_PAGE_BYTES = 4 * 2**20  # of JSON: then a page ends early
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 POSTGRESQL_SETTINGS = "; ".join(
@@ -116,6 +117,38 @@ def compile_json_object_for_postgresql(element, compiler, **kw):
 def json_array(column):
     """Return the SQL expression of the text of a JSON array of a column of JSON texts, in the order of the rows."""
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
+
+
+class octet_length(FunctionElement):
+    """`octet_length(column)` is the length of a text in bytes."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(octet_length, "sqlite")
+def compile_octet_length_for_sqlite(element, compiler, **kw):
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
+
+
+@compiles(octet_length, "postgresql")
+def compile_octet_length_for_postgresql(element, compiler, **kw):
+    return f"octet_length({compiler.process(element.clauses, **kw)})"
+
+
+def limit_size(query, json_name, *order_names):
+    """Select the rows of a query in descending order of some columns, up to the first one on the next page.
+
+    `is_on_next_page` tells whether the rows before have MAX_PAGE_BYTES of the JSON column.
+    """
+    rows = query.subquery()
+    order_by = [rows.c[name].desc() for name in order_names]
+    sizes = func.sum(octet_length(rows.c[json_name]))
+    is_full, was_full = (
+        func.coalesce(sizes.over(order_by=order_by, rows=(None, -distance)), 0) >= MAX_PAGE_BYTES for distance in (1, 2)
+    )
+    page = select(rows, is_full.label("is_on_next_page"), was_full.label("is_beyond")).subquery()
+    return select(page).where(~page.c.is_beyond).order_by(*(page.c[name].desc() for name in order_names))
 
 
 class iso8601(FunctionElement):

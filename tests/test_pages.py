@@ -275,3 +275,57 @@ def test_forged_cursor_returns_400_or_a_page(ada, cursor):
     assert response.status_code in (200, 400)
     if response.status_code == 400:
         assert response.json == {"error": "cursor must come from a Link header"}
+
+
+# Large pages
+
+
+MIB = 2**20
+
+
+@pytest.fixture
+def long_messages(app, ada):
+    """The ids of 12 conversations of a user, of one message each that is half a MiB of JSON."""
+    ids = add_conversations(app, ada, 12, messages=1)
+    execute(app, "UPDATE message SET text = :text", text="\1" * (MIB // 12))
+    return ids
+
+
+@pytest.mark.parametrize("parameters", [{}, {"order": "recent"}, {"messages": 1}])
+def test_page_of_conversations_ends_at_4_mib(ada, long_messages, parameters):
+    first = ada.get("/api/conversations", query_string={"limit": 100, **parameters})
+    assert 4 * MIB <= len(first.data) < 5 * MIB
+    pages = read_pages(ada, "/api/conversations", limit=100, **parameters)
+    assert [len(page) for page in pages] == [8, 4]
+    assert get_ids(join(pages)) == long_messages[::-1]
+
+
+def test_unchanged_page_that_ends_at_4_mib_returns_304(ada, long_messages):
+    url = "/api/conversations?limit=100"
+    etag = ada.get(url).headers["ETag"]
+    assert ada.get(url, headers={"If-None-Match": etag}).status_code == 304
+
+
+def test_page_of_messages_ends_at_4_mib(app, ada):
+    [id] = add_conversations(app, ada, 1, messages=12)
+    execute(app, "UPDATE message SET text = :text", text="\1" * (MIB // 12))
+    url = f"/api/conversations/{id}/messages"
+    assert 4 * MIB <= len(ada.get(url).data) < 5 * MIB
+    pages = read_pages(ada, url)
+    assert [len(page) for page in pages] == [8, 4]
+    assert get_ids(join(pages[::-1])) == get_ids(ada.list_messages(id))
+
+
+def test_messages_of_a_conversation_end_at_4_mib_where_they_are_limited(app, ada):
+    [id] = add_conversations(app, ada, 1, messages=12)
+    execute(app, "UPDATE message SET text = :text", text="\1" * (MIB // 12))
+    messages = ada.list_messages(id)
+    for response in (ada.get(f"/api/conversations/{id}?messages=20"), ada.get("/api/conversations?messages=20")):
+        conversation = response.json[0] if isinstance(response.json, list) else response.json
+        assert conversation["messages"] == messages[4:]
+
+
+def test_message_of_many_bytes_ends_a_page_and_has_one_of_its_own(app, ada):
+    [id] = add_conversations(app, ada, 1, messages=3)
+    execute(app, "UPDATE message SET text = :text", text="😀" * MIB)
+    assert [len(page) for page in read_pages(ada, f"/api/conversations/{id}/messages")] == [1, 1, 1]

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import autocommit, contains, database_now, fold_case, json_array
+from app.database import autocommit, contains, database_now, fold_case, json_array, limit_size
 from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
@@ -76,11 +76,16 @@ class Conversation(db.Model):
     def select_with_messages(cls, *filters):
         """Select conversations with their messages as JSON: all of them, or the newest if `messages` limits them.
 
-        `filters`: see select_for_user().
+        `filters`: see select_for_user(). With `limit`, the column of limit_size() is added.
         """
         page = Message.select_page(cls.id, limit=bindparam("messages") if "messages" in filters else None).subquery()
-        messages_json = select(json_array(page.c.json)).scalar_subquery()
-        return cls.select_for_user(*filters).add_columns(messages_json.label("messages_json"))
+        messages_json = select(json_array(page.c.json))
+        if "messages" in filters:
+            messages_json = messages_json.where(~page.c.is_on_next_page)
+        query = cls.select_for_user(*filters).add_columns(messages_json.scalar_subquery().label("messages_json"))
+        if "limit" not in filters:
+            return query
+        return limit_size(query, "messages_json", *(["updated_at", "id"] if "recent" in filters else ["id"]))
 
     @classmethod
     @cache  # building this statement takes a tenth of the time of a request that is answered with 304

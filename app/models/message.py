@@ -11,7 +11,7 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, f
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import fold_case, format_timestamp, iso8601, json_object, partial_index
+from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, partial_index
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -74,7 +74,7 @@ class Message(db.Model):
     def select_page(cls, conversation_id, limit=None, before=None):
         """Select the id and the `json` of a conversation's messages, oldest first.
 
-        With a limit these are the newest messages, of ids below `before`.
+        With a limit these are the newest messages, of ids below `before`, with the column of limit_size().
         """
         query = select(cls.id, cls.json().label("json")).where(
             cls.conversation_id == conversation_id, cls.replaces_id.is_(None)
@@ -84,8 +84,8 @@ class Message(db.Model):
             query = query.where(cls.id < before)
         if limit is None:
             return query.order_by(cls.id)
-        newest = query.order_by(cls.id.desc()).limit(limit).subquery()
-        return select(newest.c.id, newest.c.json).order_by(newest.c.id)
+        newest = limit_size(query.order_by(cls.id.desc()).limit(limit), "json", "id").subquery()
+        return select(newest).order_by(newest.c.id)
 
     @classmethod
     def get(cls, conversation_id, id):

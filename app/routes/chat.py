@@ -54,15 +54,16 @@ def fail_abandoned_replies():
 def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
-    if request.if_none_match:
-        rows = Conversation.list_versions(current_user.id, **filters)
-        if is_not_modified(etag := get_etag(rows)):
-            return conditional_response(None, etag, get_next_page(rows, **filters))
-    rows = Conversation.list_for_user(current_user.id, **filters)
+    etag = get_etag(Conversation.list_versions(current_user.id, **filters))
+    if is_not_modified(etag):
+        return conditional_response(None, etag)
+    rows = page = Conversation.list_for_user(current_user.id, **filters)
+    if "limit" in filters:
+        page = [row for row in rows[: filters["limit"] - 1] if not row.is_on_next_page]
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
-    page = rows[: filters["limit"] - 1] if "limit" in filters else rows
     body = [conversation_to_dict(row, has_details) for row in page]
-    return conditional_response(body, get_etag(rows), get_next_page(rows, **filters))
+    next_page = get_next_page(page[-1], "recent" in filters) if len(page) < len(rows) else None
+    return conditional_response(body, etag, next_page)
 
 
 def get_list_args():
@@ -105,12 +106,9 @@ def get_cursor():
         abort(400, "cursor must come from a Link header")
 
 
-def get_next_page(rows, limit=None, recent=None, **filters):
-    """Return the query parameters of the page after these conversations, one more than its limit, or None."""
-    if limit is None or len(rows) < limit:
-        return None
-    last = rows[-2]
-    if not recent:
+def get_next_page(last, is_recent):
+    """Return the query parameters of the page after the one that a conversation is the last of."""
+    if not is_recent:
         return {"before": last.id}
     return {"cursor": urlsafe_b64encode(f"{last.updated_at.isoformat()} {last.id}".encode()).decode()}
 
@@ -220,8 +218,8 @@ def list_messages(conversation_id):
     if is_not_modified(etag):
         return conditional_response(None, etag)
     rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
-    page = rows[-limit:]
-    next_page = {"before": page[0].id} if len(rows) > limit else None
+    page = [row for row in rows[-limit:] if not row.is_on_next_page]
+    next_page = {"before": page[0].id} if len(page) < len(rows) else None
     return conditional_response([Fragment(row.json) for row in page], etag, next_page)
 
 

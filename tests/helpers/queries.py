@@ -85,10 +85,15 @@ def explain_for_postgresql(connection, statement, parameters):
     scans = [
         f"{node['Node Type']} {node.get('Relation Name', '')}".strip()
         for node in nodes
-        if node["Node Type"] == "Seq Scan" or ("Sort" in node["Node Type"] and node["Plans"][0]["Node Type"] != "Limit")
+        if node["Node Type"] == "Seq Scan" or ("Sort" in node["Node Type"] and not has_limit(node))
     ]
     work = sum((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in nodes)
     return {node["Index Name"] for node in nodes if "Index Name" in node}, scans, work
+
+
+def has_limit(node):
+    """Return whether a LIMIT bounds the rows of a node of a plan of PostgreSQL's."""
+    return any(descendant["Node Type"] == "Limit" for descendant in flatten_plan(node))
 
 
 def flatten_plan(node):
