@@ -4,7 +4,8 @@ import hashlib
 import os
 import secrets
 import sqlite3
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import closing, contextmanager
 
 import psycopg
 import pytest
@@ -12,12 +13,15 @@ from flask.testing import FlaskClient
 from flask_migrate import upgrade
 from sqlalchemy.engine import make_url
 
-from config import SETTINGS
+from config import SETTINGS, Config
 
 # Empty counts as unset: neither the environment nor a developer's .env reaches a test, in subprocesses either.
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
 from app import create_app, db
+from app.bot import create_bot
+from app.replies import ReplyManager
+from app.security import rate_limiter
 from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
@@ -121,8 +125,8 @@ def create_postgresql_database():
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory):
-    """The path of a migrated SQLite database, to copy."""
-    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    """The path of a migrated SQLite database, to empty."""
+    path = tmp_path_factory.mktemp("sqlite") / "chat.db"
     migrate(f"sqlite:///{path}")
     return path
 
@@ -136,14 +140,12 @@ def migrated_postgresql():
 
 
 @pytest.fixture(params=DATABASES)
-def database(request, tmp_path):
+def database(request):
     """The URL of a migrated database without rows."""
     if request.param == "sqlite":
-        path = tmp_path / "chat.db"
-        with sqlite3.connect(request.getfixturevalue("migrated_sqlite")) as source, sqlite3.connect(path) as copy:
-            source.backup(copy)
-        source.close()
-        copy.close()
+        path = request.getfixturevalue("migrated_sqlite")
+        with closing(sqlite3.connect(path)) as connection:
+            connection.executescript("PRAGMA foreign_keys=ON; DELETE FROM user; DELETE FROM sqlite_sequence")
         return f"sqlite:///{path}"
     url = request.getfixturevalue("migrated_postgresql")
     with psycopg.connect(url.replace("postgres://", "postgresql://")) as connection:
@@ -161,23 +163,40 @@ def empty_database(request, tmp_path):
             yield url
 
 
+@pytest.fixture(scope="session")
+def idle_apps():
+    """Applications for other tests to use, by their settings: to create one takes longer than most tests."""
+    return defaultdict(list)
+
+
+def reuse_app(app, config, bot):
+    """Give an application what create_app() gives to a new one: it counts nothing, and no session is open."""
+    app.config["SESSIONS_VALID_FROM"] = Config(config).SESSIONS_VALID_FROM
+    rate_limiter.init_app(app)
+    app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    return app
+
+
 @pytest.fixture
-def make_app(database):
+def make_app(database, idle_apps):
     """A function that returns an application on `database`, with cheap password hashes and other settings."""
     apps = []
 
     def make(bot=None, **settings):
         config = {"DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH, **settings}
-        apps.append(create_app(config, bot=bot))
-        apps[-1].test_client_class = Client
-        return apps[-1]
+        idle = idle_apps[tuple(config.items())] if settings in ({}, SHARED_SESSIONS) else []
+        app = reuse_app(idle.pop(), config, bot) if idle else create_app(config, bot=bot)
+        app.test_client_class = Client
+        apps.append((app, idle))
+        return app
 
     yield make
-    for app in apps:
+    for app, idle in apps:
         app.extensions["replies"].shutdown(timeout=0)
         with app.app_context():
             wait_until(lambda: db.engine.pool.checkedout() == 0)  # the thread of a reply may be slow
             db.engine.dispose()
+        idle.append(app)
 
 
 @pytest.fixture

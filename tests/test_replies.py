@@ -574,14 +574,16 @@ CALLS_THAT_WAIT = {
 
 @pytest.mark.parametrize("call", CALLS_THAT_WAIT.values(), ids=CALLS_THAT_WAIT)
 @pytest.mark.parametrize("text", ["", "One "], ids=["before the first chunk", "after the first chunk"])
-def test_call_holds_no_database_connection_while_bot_is_silent(app, ada, bot, gate, conversation_id, call, text):
+def test_call_holds_no_database_connection_while_bot_is_silent(
+    app, ada, bot, gate, conversation_id, monkeypatch, call, text
+):
     question, _ = ada.send_message(conversation_id, "First").json
     bot.steps = [text, gate.wait, "two"]
     start_reply(ada, conversation_id, "Second")
     with app.app_context():
         pool = db.engine.pool
     calling = threading.Event()
-    app.before_request_funcs.setdefault(None, []).append(calling.set)
+    monkeypatch.setitem(app.before_request_funcs, None, [*app.before_request_funcs[None], calling.set])
     with run_in_background(lambda: call(create_other_client(ada), conversation_id, question["id"])) as [waiting]:
         assert calling.wait(TIMEOUT)
         wait_until(lambda: pool.checkedout() == 0)

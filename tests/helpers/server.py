@@ -50,7 +50,7 @@ def wait_until(func, timeout=TIMEOUT):
     deadline = time.monotonic() + timeout
     while not (result := func()):
         assert time.monotonic() < deadline, f"not true within {timeout} s"
-        time.sleep(0.05)
+        time.sleep(0.01)
     return result
 
 
