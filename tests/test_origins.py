@@ -10,6 +10,12 @@ pytestmark = on_sqlite
 ALLOWED = "http://localhost:3000"
 OWN = "http://localhost"
 FOREIGN = "https://evil.example"
+OTHER_ORIGINS = [
+    *("", "null", "file://", "*", "https://localhost", "https://localhost:3000", "http://localhost:3002"),
+    *("http://localhost:30000", "http://localhost.evil.example", "http://localhost:3000.evil.example"),
+    *("http://evil.example/http://localhost", "http://user@localhost", f"{ALLOWED}, {ALLOWED}", f"{ALLOWED}/"),
+    *("http://xn--a", "http://[", "http://[::1]", "http://[::1]:3000", "http://localhost:99999", "é", "x" * 8000),
+]
 CONVERSATION = "/api/conversations/1"
 WRITES = [  # in this order, all succeed
     ("POST", "/api/signup", {"username": "eve", "password": PASSWORD}),
@@ -43,31 +49,23 @@ def ada(ada):
 # Writes
 
 
-@pytest.mark.parametrize(("method", "path", "body"), WRITES)
 @pytest.mark.parametrize("headers", [{"Origin": FOREIGN}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}])
-def test_write_by_a_page_of_a_foreign_origin_returns_403_and_changes_nothing(ada, headers, method, path, body):
+def test_write_by_a_page_of_a_foreign_origin_returns_403_and_changes_nothing(ada, headers):
     before = ada.observe()
-    response = ada.open(path, method=method, json=body, headers=headers)
-    assert response.status_code == 403
-    assert "Set-Cookie" not in response.headers
-    assert ada.observe() == before
+    for method, path, body in WRITES:
+        response = ada.open(path, method=method, json=body, headers=headers)
+        assert response.status_code == 403, (method, path)
+        assert "Set-Cookie" not in response.headers
+        assert ada.observe() == before, (method, path)
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        *("", "null", "file://", "*", "https://localhost", "https://localhost:3000", "http://localhost:3002"),
-        *("http://localhost:30000", "http://localhost.evil.example", "http://localhost:3000.evil.example"),
-        *("http://evil.example/http://localhost", "http://user@localhost", f"{ALLOWED}, {ALLOWED}", f"{ALLOWED}/"),
-        *("http://xn--a", "http://[", "http://[::1]", "http://[::1]:3000", "http://localhost:99999", "é", "x" * 8000),
-    ],
-)
-def test_write_of_an_origin_that_is_not_allowed_returns_403_that_names_it_and_the_setting(client, origin):
-    response = client.post("/api/login", json=LOGIN, headers={"Origin": origin})
-    assert response.status_code == 403
-    assert response.json["error"].startswith(f"Origin not allowed: add {origin[:100]}")
-    assert response.json["error"].endswith(" to CORS_ORIGINS")
-    assert len(response.json["error"]) < 350
+def test_write_of_an_origin_that_is_not_allowed_returns_403_that_names_it_and_the_setting(client):
+    for origin in OTHER_ORIGINS:
+        response = client.post("/api/login", json=LOGIN, headers={"Origin": origin})
+        assert response.status_code == 403, origin
+        assert response.json["error"].startswith(f"Origin not allowed: add {origin[:100]}")
+        assert response.json["error"].endswith(" to CORS_ORIGINS")
+        assert len(response.json["error"]) < 350
 
 
 @pytest.mark.parametrize(
@@ -97,24 +95,14 @@ def test_read_by_a_page_of_a_foreign_origin_is_not_refused(ada, method, headers)
     assert "Access-Control-Allow-Origin" not in response.headers
 
 
-@pytest.mark.parametrize(
-    ("origin", "status"),
-    [
-        ("https://one.example", 401),
-        ("https://two.example:8443", 401),
-        ("http://[::1]:5173", 401),
-        ("https://two.example", 403),
-        (ALLOWED, 403),
-        ("https://one-example", 403),
-    ],
-)
 @pytest.mark.parametrize("as_text", [True, False])
-def test_cors_origins_are_the_origins_that_may_write_and_read(make_app, origin, status, as_text):
+def test_cors_origins_are_the_origins_that_may_write_and_read(make_app, as_text):
     origins = ["https://one.example", "https://two.example:8443", "http://[::1]:5173"]
     client = make_app(CORS_ORIGINS=", ".join(origins) if as_text else origins).test_client()
-    response = client.post("/api/login", json=LOGIN, headers={"Origin": origin})
-    assert response.status_code == status
-    assert response.headers.get("Access-Control-Allow-Origin") == (origin if status == 401 else None)
+    for origin in (*origins, "https://two.example", ALLOWED, "https://one-example"):
+        response = client.post("/api/login", json=LOGIN, headers={"Origin": origin})
+        assert response.status_code == (401 if origin in origins else 403), origin
+        assert response.headers.get("Access-Control-Allow-Origin") == (origin if origin in origins else None)
 
 
 # Host names
@@ -134,7 +122,6 @@ def test_write_by_a_page_of_the_own_host_is_accepted_whatever_the_host_is(app, h
     assert get_status(app, "POST", "/api/login", host, Origin=f"http://{host.lower()}") == 401
 
 
-@pytest.mark.parametrize("host", ["", "xn--a", "b\xc3\xbccher", "a/b", "a b", "[", "a:b", "@", "\x7f", "x" * 1000])
 @pytest.mark.parametrize(
     ("method", "path", "headers"),
     [
@@ -146,8 +133,9 @@ def test_write_by_a_page_of_the_own_host_is_accepted_whatever_the_host_is(app, h
         ("POST", "/api/login", {"Origin": "http://xn--a"}),
     ],
 )
-def test_request_with_any_host_is_no_server_error(app, ada, bob, host, method, path, headers):
-    assert get_status(app, method, path, host, **headers) < 500
+def test_request_with_any_host_is_no_server_error(app, ada, bob, method, path, headers):
+    for host in ("", "xn--a", "b\xc3\xbccher", "a/b", "a b", "[", "a:b", "@", "\x7f", "x" * 1000):
+        assert get_status(app, method, path, host, **headers) < 500, host
 
 
 @pytest.mark.parametrize(
@@ -192,44 +180,36 @@ def test_page_of_a_foreign_origin_may_read_no_response(ada):
         assert not [name for name, _ in response.headers if name.startswith("Access-Control")], path
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["ETag", "Idempotent-Replayed", "Link", "Location", "Preference-Applied", "Retry-After", "X-Request-ID"],
-)
-def test_page_of_an_allowed_origin_may_read_response_header(client, name):
+def test_page_of_an_allowed_origin_may_read_response_headers(client):
     response = client.get("/api/test", headers={"Origin": ALLOWED})
-    assert name in response.headers["Access-Control-Expose-Headers"].split(", ")
+    exposed = set(response.headers["Access-Control-Expose-Headers"].split(", "))
+    assert exposed >= {"ETag", "Idempotent-Replayed", "Link", "Location"}
+    assert exposed >= {"Preference-Applied", "Retry-After", "X-Request-ID"}
 
 
-@pytest.mark.parametrize(("method", "path", "body"), WRITES)
-def test_preflight_of_an_allowed_origin_allows_every_write(client, method, path, body):
-    headers = {
-        "Origin": ALLOWED,
-        "Access-Control-Request-Method": method,
-        "Access-Control-Request-Headers": "content-type",
-    }
-    response = client.options(path, headers=headers)
-    assert response.status_code == 200
-    assert response.headers["Access-Control-Allow-Origin"] == ALLOWED
-    assert response.headers["Access-Control-Allow-Credentials"] == "true"
-    assert method in response.headers["Access-Control-Allow-Methods"].split(", ")
-    assert response.headers["Access-Control-Allow-Headers"].lower() == "content-type"
-    assert response.headers["Access-Control-Max-Age"] == "600"
+def test_preflight_of_an_allowed_origin_allows_every_write(client):
+    for method, path, _ in WRITES:
+        headers = {
+            "Origin": ALLOWED,
+            "Access-Control-Request-Method": method,
+            "Access-Control-Request-Headers": "content-type",
+        }
+        response = client.options(path, headers=headers)
+        assert response.status_code == 200, (method, path)
+        assert response.headers["Access-Control-Allow-Origin"] == ALLOWED
+        assert response.headers["Access-Control-Allow-Credentials"] == "true"
+        assert method in response.headers["Access-Control-Allow-Methods"].split(", ")
+        assert response.headers["Access-Control-Allow-Headers"].lower() == "content-type"
+        assert response.headers["Access-Control-Max-Age"] == "600"
 
 
-@pytest.mark.parametrize(
-    ("name", "is_allowed"),
-    [
-        *[(name, True) for name in ("accept", "content-type", "idempotency-key", "if-none-match", "last-event-id")],
-        *[(name, True) for name in ("prefer", "x-request-id")],
-        *[(name, False) for name in ("authorization", "x-forwarded-for", "x-unknown", "*")],
-    ],
-)
-def test_preflight_allows_the_request_headers_of_the_api_only(client, name, is_allowed):
-    headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": name}
-    response = client.options(f"{CONVERSATION}/messages", headers=headers)
-    allowed = response.headers.get("Access-Control-Allow-Headers", "").lower().split(", ")
-    assert (name in allowed) is is_allowed
+def test_preflight_allows_the_request_headers_of_the_api_only(client):
+    allowed = ["accept", "content-type", "idempotency-key", "if-none-match", "last-event-id", "prefer", "x-request-id"]
+    for name in (*allowed, "authorization", "x-forwarded-for", "x-unknown", "*"):
+        headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": name}
+        response = client.options(f"{CONVERSATION}/messages", headers=headers)
+        names = response.headers.get("Access-Control-Allow-Headers", "").lower().split(", ")
+        assert (name in names) is (name in allowed), name
 
 
 def test_preflight_of_a_foreign_origin_allows_nothing(client):
