@@ -1,6 +1,8 @@
 """Everything in this folder is slow: it serves the program, waits, kills, or needs other servers."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def database(database, tmp_path):
+    """The URL of a migrated database without rows; a SQLite file is the test's own, to damage."""
+    if not database.startswith("sqlite"):
+        return database
+    path = tmp_path / "chat.db"
+    with (
+        closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as source,
+        closing(sqlite3.connect(path)) as copy,
+    ):
+        source.backup(copy)
+    return f"sqlite:///{path}"
 
 
 @pytest.fixture(scope="module")
