@@ -790,6 +790,20 @@ def test_etag_changes_when_reply_of_killed_process_fails(app, ada, conversation_
     assert find_statuses(response) == ["failed"]
 
 
+def test_heartbeat_of_silent_reply_is_renewed(app, ada, bot, gate, conversation_id, monkeypatch):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0.1)
+    bot.steps = [gate.wait, "Hello"]
+    _, reply = start_reply(ada, conversation_id)
+    age_heartbeats(app, 20)
+    aged_at = load_heartbeat(app, reply["id"])
+    wait_until(lambda: load_heartbeat(app, reply["id"]) - aged_at > timedelta(seconds=15))
+
+
+def load_heartbeat(app, id):
+    with app.app_context():
+        return db.session.scalar(select(Message.heartbeat_at).filter_by(id=id))
+
+
 def test_stop_of_reply_of_killed_process_returns_it_as_failed(conversation_id, killed_process, other_process):
     _, reply_id = killed_process(conversation_id)
     assert other_process.stop_reply(conversation_id, reply_id).json["status"] == "failed"

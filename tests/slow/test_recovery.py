@@ -1,4 +1,8 @@
-"""Replies of the served program that outlive connections, sessions and processes, seen from another process."""
+"""Replies of the served program that outlive connections, sessions and processes, seen from another process.
+
+What two processes do by way of the database, tests/test_replies.py tests on both databases; the tests here that take
+long use one of them.
+"""
 
 import os
 import signal
@@ -12,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SHARED_SESSIONS
+from tests.conftest import SHARED_SESSIONS, on_sqlite
 from tests.helpers.model_server import ModelServer, running, stall
 from tests.helpers.server import (
     PASSWORD,
@@ -89,6 +93,7 @@ def change_password(client):
 
 
 @pytest.mark.parametrize("interrupt", [lose_connection, log_out, change_password])
+@on_sqlite
 def test_interrupted_stream_is_resumed_at_other_server(servers, interrupt):
     with servers[0].create_logged_in_client("ada") as ada, servers[1].other_client(ada) as other:
         conversation_id = ada.create_conversation()
@@ -110,6 +115,7 @@ def test_interrupted_stream_is_resumed_at_other_server(servers, interrupt):
         assert other.get(f"{reply_path}/events", Last_Event_ID=events[-1][2]).status == 204
 
 
+@on_sqlite
 def test_other_server_shows_reply_grow_within_seconds(servers):
     with servers[0].create_logged_in_client("ada") as ada, servers[1].other_client(ada) as other:
         exchange = Exchange(ada, "/slow 10")
@@ -146,6 +152,7 @@ def test_stop_at_other_server_closes_connection_of_model(model, model_servers):
 
 
 @pytest.mark.parametrize("steps", [[stall], ["word ", stall]], ids=["before the first chunk", "after the first chunk"])
+@on_sqlite
 def test_stop_of_model_that_stalls_closes_its_connection(model, model_servers, steps):
     model.script = steps
     with model_servers[0].create_logged_in_client("ada") as ada:
@@ -157,6 +164,7 @@ def test_stop_of_model_that_stalls_closes_its_connection(model, model_servers, s
 
 
 @pytest.mark.parametrize("resource", ["conversation", "account"])
+@on_sqlite
 def test_deletion_at_other_server_closes_connection_of_model(model, model_servers, resource):
     model.script = ["word ", stall]
     with model_servers[0].create_logged_in_client("ada") as ada, model_servers[1].other_client(ada) as other:
@@ -197,6 +205,7 @@ def test_sends_with_one_key_at_both_servers_ask_model_once(model, model_servers)
     assert len(model.requests) == 1
 
 
+@on_sqlite
 def test_reply_whose_model_is_silent_for_long_is_not_taken_for_abandoned(model, model_servers):
     model.script = ["One ", lambda handler: time.sleep(42), "two"]
     with model_servers[0].create_logged_in_client("ada") as ada, model_servers[1].other_client(ada) as other:
@@ -249,6 +258,7 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(servers)
     assert "Traceback" not in servers[1].output
 
 
+@on_sqlite
 def test_repeat_after_kill_9_replaces_failed_reply(servers):
     with servers[0].create_logged_in_client("ada") as ada, servers[1].other_client(ada) as other:
         conversation_id = ada.create_conversation()
@@ -396,6 +406,7 @@ class PollingClient:
             time.sleep(0.02)
 
 
+@on_sqlite
 def test_kill_9_of_worker_ends_only_its_own_connections(serve):
     server = serve()
     clients = [PollingClient(server, number) for number in range(16)]
