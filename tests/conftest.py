@@ -274,6 +274,18 @@ def bob(app):
 
 
 @pytest.fixture
+def conversation_id(ada):
+    """The id of a conversation of ada."""
+    return ada.create_conversation()
+
+
+@pytest.fixture
+def echo_ada(make_app):
+    """A client with the session of ada, for whom the bot repeats what she sends."""
+    return create_logged_in_client(make_app(bot=echo), "ada")
+
+
+@pytest.fixture
 def bot():
     """A bot for make_app() whose steps a test may change."""
     return ScriptedBot("Hello ", "there.")

@@ -9,7 +9,7 @@ from sqlalchemy import event
 
 from app import db
 from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql, on_sqlite
-from tests.helpers.data import add_conversations, execute, get_ids
+from tests.helpers.data import add_conversations, execute, get_answer, get_ids
 from tests.helpers.queries import record_queries
 from tests.helpers.server import run_all, run_concurrently
 
@@ -35,16 +35,6 @@ BLANK_TEXTS = [
     *("", " ", "\t\r\n", "\u00a0\u2003\u3000\u2028", "\x01", "\x7f\x9f", "\u200b\u2060", "\u00ad", "\u202e", "\ufeff"),
     *("\ufffe", "\ue000", "\u115f\u1160", "\u2800", "\u3164", "\uffa0", " \u200b\u3164 "),
 ]
-
-
-def get_answer(response):
-    return response.status_code, response.json
-
-
-@pytest.fixture
-def echo_ada(make_app):
-    """A client with the session of ada, for whom the bot repeats what she sends."""
-    return create_logged_in_client(make_app(bot=echo), "ada")
 
 
 # The documented responses

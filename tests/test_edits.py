@@ -9,6 +9,7 @@ from app import db
 from app.bot import BotBusy, BotError, BotTimeout
 from tests.conftest import SHARED_SESSIONS, create_logged_in_client, create_other_client
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, join_deltas, read_events
+from tests.helpers.data import get_texts
 from tests.helpers.server import run_all, run_concurrently, run_in_background, wait_until
 
 
@@ -24,20 +25,11 @@ def other_process(make_app, ada):
 
 
 @pytest.fixture
-def conversation_id(ada):
-    return ada.create_conversation()
-
-
-@pytest.fixture
 def messages(ada, bot, conversation_id):
     """The messages of a conversation with three exchanges."""
     for text in ("First", "Second", "Third"):
         ada.send_message(conversation_id, text)
     return ada.list_messages(conversation_id)
-
-
-def texts(messages):
-    return [message["text"] for message in messages]
 
 
 def start_edit(client, conversation_id, message_id, text):
@@ -103,7 +95,7 @@ def test_edit_changes_nothing_until_first_chunk(ada, bot, gate, conversation_id,
         assert ada.get("/api/messages?q=Edited").json == []
         gate.set()
     assert editing.result().status_code < 300
-    wait_until(lambda: texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New "])
+    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New "])
     assert ada.get("/api/conversations").headers["ETag"] != version
 
 
@@ -229,7 +221,7 @@ def test_edit_with_other_text_while_reply_is_in_progress_returns_409(
         {"error": "The reply to this message is in progress: stop it first"},
     )
     gate.set()
-    wait_until(lambda: texts(ada.list_messages(conversation_id)[-2:]) == ["Slow", "Slow reply"])
+    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[-2:]) == ["Slow", "Slow reply"])
 
 
 def test_edit_while_other_message_is_being_edited_returns_409(ada, bot, gate, conversation_id, messages):
@@ -238,7 +230,7 @@ def test_edit_while_other_message_is_being_edited_returns_409(ada, bot, gate, co
     response = ada.edit_message(conversation_id, messages[2]["id"], "Other")
     assert (response.status_code, list(response.json)) == (409, ["error"])
     gate.set()
-    wait_until(lambda: texts(ada.list_messages(conversation_id)) == ["Edited", "New reply"])
+    wait_until(lambda: get_texts(ada.list_messages(conversation_id)) == ["Edited", "New reply"])
 
 
 def test_of_two_concurrent_edits_with_different_texts_one_returns_409(
@@ -264,7 +256,7 @@ def test_concurrent_edits_with_same_text_ask_bot_once(ada, bot, gate, conversati
     )
     gate.set()
     assert pairs == [pairs[0]] * 4
-    wait_until(lambda: texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New reply"])
+    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New reply"])
     assert bot.texts.count("Edited") == 1
 
 
@@ -272,11 +264,11 @@ def test_edit_drops_later_exchange_in_progress(ada, bot, gate, conversation_id, 
     bot.scripts = {"Slow": ["Slow ", *[lambda: gate.wait(0.05), ""] * 1200]}
     sender = create_other_client(ada)
     with run_in_background(lambda: sender.send_message(conversation_id, "Slow")) as [sending]:
-        wait_until(lambda: "Slow " in texts(ada.list_messages(conversation_id)))
+        wait_until(lambda: "Slow " in get_texts(ada.list_messages(conversation_id)))
         assert ada.edit_message(conversation_id, messages[2]["id"], "Edited").status_code == 200
     assert sending.result().status_code == 404
     wait_until(lambda: bot.closed)
-    assert texts(ada.list_messages(conversation_id)) == ["First", "Hello there.", "Edited", "Hello there."]
+    assert get_texts(ada.list_messages(conversation_id)) == ["First", "Hello there.", "Edited", "Hello there."]
 
 
 def test_send_during_pending_edit_is_kept_after_new_reply(ada, bot, gate, conversation_id, messages):
@@ -286,7 +278,7 @@ def test_send_during_pending_edit_is_kept_after_new_reply(ada, bot, gate, conver
     assert ("user", "Edited") not in bot.histories[-1]
     gate.set()
     exchanges = ["First", "Hello there.", "Edited", "New reply", "Fourth", "Hello there."]
-    wait_until(lambda: texts(ada.list_messages(conversation_id)) == exchanges)
+    wait_until(lambda: get_texts(ada.list_messages(conversation_id)) == exchanges)
     assert ada.list_messages(conversation_id)[4:] == sent
 
 
@@ -382,7 +374,7 @@ def test_edit_after_regenerations_keeps_ids_in_order(make_app, bot):
     client.send_message(conversation_id, "Next")
     ids = [message["id"] for message in client.list_messages(conversation_id)]
     assert ids == sorted(ids)
-    assert texts(client.list_messages(conversation_id)) == ["Hello", "Hello there.", "Next", "Hello there."]
+    assert get_texts(client.list_messages(conversation_id)) == ["Hello", "Hello there.", "Next", "Hello there."]
 
 
 def test_follow_at_any_time_of_an_edit_succeeds(ada, conversation_id, messages, other_process):

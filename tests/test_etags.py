@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.conftest import create_logged_in_client, echo
-from tests.helpers.data import add_conversations, execute, get_ids
+from tests.helpers.data import add_conversations, execute, get_answer, get_ids
 
 ORIGIN = "http://localhost:3000"
 KEPT_HEADERS = ("ETag", "Cache-Control", "Vary", "Access-Control-Allow-Origin", "Access-Control-Expose-Headers")
@@ -34,10 +34,6 @@ ERROR_PATHS = {
     "/api/conversations/9": 404,
     "/api/conversations/1/messages/9": 404,
 }
-
-
-def get_answer(response):
-    return response.status_code, response.json
 
 
 def get_kept_headers(response):

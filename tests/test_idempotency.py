@@ -3,14 +3,12 @@
 import threading
 
 import pytest
-from sqlalchemy import func, select
 
-from app import db
 from app.bot import BotError, BotTimeout
-from app.models import Message
 from app.models.conversation import save_replies
 from tests.conftest import SHARED_SESSIONS, create_other_client, on_sqlite
 from tests.helpers.bots import ASYNC, STREAM, Gate, join_deltas, read_events
+from tests.helpers.data import count_messages
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 each_way = pytest.mark.parametrize("headers", [{}, STREAM, ASYNC], ids=["waiting", "stream", "async"])
@@ -64,11 +62,6 @@ def other_app(make_app, bot):
     return make_app(bot, **SHARED_SESSIONS)
 
 
-@pytest.fixture
-def conversation_id(ada):
-    return ada.create_conversation()
-
-
 def send(client, conversation_id, text="Hello", key="key", headers=()):
     """Send a message with an Idempotency-Key."""
     return client.send_message(conversation_id, text, headers={"Idempotency-Key": key, **dict(headers)})
@@ -77,11 +70,6 @@ def send(client, conversation_id, text="Hello", key="key", headers=()):
 def get_pair(response):
     """Return the exchange of a response of any kind."""
     return response.json if response.is_json else read_events(response)[-1][1]
-
-
-def count_messages(app):
-    with app.app_context():
-        return db.session.scalar(select(func.count(Message.id)))
 
 
 def test_repeated_send_returns_stored_pair(ada, bot, conversation_id):

@@ -7,14 +7,10 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from tests.conftest import create_logged_in_client, on_sqlite
-from tests.helpers.data import add_conversations, execute, get_ids, get_items, get_next_url, read_pages
+from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_items, get_next_url, read_pages
 
 ORIGIN = "http://localhost:3000"
 MAX_ID = 2**63 - 1
-
-
-def get_answer(response):
-    return response.status_code, response.json
 
 
 def join(pages):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import create_logged_in_client, echo, on_sqlite
+from tests.conftest import on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
 
 TEXTS_WITH_MATCH = [  # text, q, what q matches
@@ -52,12 +52,6 @@ TEXTS_WITHOUT_MATCH = [
     ("anything", "created_at"),
     ("Österreich", "Osterreich"),
 ]
-
-
-@pytest.fixture
-def echo_ada(make_app):
-    """A client with the session of ada, for whom the bot repeats what she sends."""
-    return create_logged_in_client(make_app(bot=echo), "ada")
 
 
 def search_messages(client, **parameters):

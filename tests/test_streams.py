@@ -10,7 +10,7 @@ from app import db
 from app.bot import BotError, BotTimeout
 from app.models import Message
 from tests.conftest import SHARED_SESSIONS, create_other_client, on_sqlite
-from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, join_deltas, read_events
+from tests.helpers.bots import STREAM, Gate, ScriptedBot, join_deltas, read_events, start_reply
 from tests.helpers.server import run_concurrently, run_in_background, wait_until
 
 TEXT = "One “two”\n\n\r\u2028data: three 🙂 e\u0301"
@@ -19,11 +19,6 @@ TEXT = "One “two”\n\n\r\u2028data: three 🙂 e\u0301"
 @pytest.fixture
 def app(make_app, bot):
     return make_app(bot, **SHARED_SESSIONS)
-
-
-@pytest.fixture
-def conversation_id(ada):
-    return ada.create_conversation()
 
 
 @pytest.fixture(params=["same process", "other process"])
@@ -43,11 +38,6 @@ def short_silence(monkeypatch):
 def stream(client, conversation_id, text="Hello", **headers):
     """Send a message and return the events of the reply."""
     return read_events(client.send_message(conversation_id, text, headers={**STREAM, **headers}))
-
-
-def start_reply(client, conversation_id, text="Hello"):
-    """Send a message without waiting for the reply; return the pair."""
-    return client.send_message(conversation_id, text, headers=ASYNC).json
 
 
 def test_stream_has_start_delta_and_done_byte_by_byte(ada, bot, conversation_id):

@@ -52,6 +52,13 @@ class ScriptedBot:
             raise
 
 
+def start_reply(client, conversation_id, text="Hello"):
+    """Send a message without waiting for the reply; return the pair."""
+    response = client.send_message(conversation_id, text, headers=ASYNC)
+    assert response.status_code == 202
+    return response.json
+
+
 def read_events(response):
     """Return the server-sent events of a test client's response as (event, data, id), without comments."""
     assert response.mimetype == "text/event-stream", (response.status_code, response.text)

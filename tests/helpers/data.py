@@ -1,10 +1,10 @@
-"""Rows that would take too many requests, and pages of lists."""
+"""Rows that would take too many requests, pages of lists, and what responses hold."""
 
 import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urljoin
 
-from sqlalchemy import insert
+from sqlalchemy import func, insert, select
 
 from app import db
 from app.models import Conversation, Message
@@ -37,6 +37,22 @@ def execute(app, statement, **parameters):
     with app.app_context(), db.engine.begin() as connection:
         result = connection.execute(db.text(statement), parameters)
         return [tuple(row) for row in result] if result.returns_rows else None
+
+
+def count_messages(app):
+    """Return the number of messages of all users, pending edits included."""
+    with app.app_context():
+        return db.session.scalar(select(func.count(Message.id)))
+
+
+def get_answer(response):
+    """Return the status and the JSON of a response."""
+    return response.status_code, response.json
+
+
+def get_texts(messages):
+    """Return the texts of messages."""
+    return [message["text"] for message in messages]
 
 
 def get_items(response):
