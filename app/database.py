@@ -18,17 +18,6 @@ from sqlalchemy.sql.functions import FunctionElement
 MAX_ID = 2**63 - 1
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
-POSTGRESQL_SETTINGS = "; ".join(
-    f"SET {name} TO {value}"
-    for name, value in {
-        "client_encoding": "'UTF8'",
-        "DateStyle": "'ISO'",
-        "TimeZone": "'UTC'",
-        "default_transaction_isolation": "'read committed'",
-        "statement_timeout": "'10s'",
-        "idle_in_transaction_session_timeout": "'60s'",
-    }.items()
-)
 
 
 class SQLiteDateTime(sqlite.DATETIME):
@@ -202,7 +191,12 @@ def engine_options(url, connect_args):
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
         return {"connect_args": {"timeout": 0}, "max_overflow": -1}
-    return {"connect_args": {"connect_timeout": 5, **connect_args}, "pool_timeout": 10, "pool_pre_ping": True}
+    return {
+        "connect_args": {"connect_timeout": 4, **connect_args},
+        "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
+        "pool_timeout": 10,
+        "pool_pre_ping": True,
+    }
 
 
 def configure_engine(engine):
@@ -212,7 +206,9 @@ def configure_engine(engine):
         event.listen(engine, "begin", begin_immediate)
         event.listen(engine, "handle_error", discard_read_only_connection)
     else:
-        event.listen(engine, "connect", configure_postgresql)
+        from app import postgresql  # the driver takes 0.1 s that SQLite need not spend
+
+        postgresql.configure_engine(engine)
 
 
 def configure_sqlite(connection, record):
@@ -221,13 +217,6 @@ def configure_sqlite(connection, record):
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.create_function("fold_case", 1, fold_case, deterministic=True)
-
-
-def configure_postgresql(connection, record):
-    """Set what the program relies on, whatever the server's or the role's defaults are."""
-    connection.autocommit = True
-    connection.execute(POSTGRESQL_SETTINGS)
-    connection.autocommit = False
 
 
 def begin_immediate(connection):

@@ -27,9 +27,9 @@ from app.database import (
     json_object,
 )
 from app.models import Message
-from tests.conftest import DATABASES, create_logged_in_client
+from tests.conftest import DATABASES, create_logged_in_client, create_other_client, echo
 from tests.helpers.data import add_conversations, execute
-from tests.helpers.server import ROOT, TIMEOUT, measure, run_in_background
+from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background
 
 SQLITE, POSTGRESQL = ([value] for value in DATABASES)
 on_sqlite = pytest.mark.parametrize("database", SQLITE, indirect=True)
@@ -180,7 +180,6 @@ POSTGRESQL_OPTIONS = {
     "TimeZone": ("Asia/Kathmandu", "UTC"),
     "DateStyle": ("SQL,DMY", "ISO, DMY"),
     "client_encoding": ("LATIN1", "UTF8"),
-    "default_transaction_isolation": ("serializable", "read committed"),
     "statement_timeout": ("0", "10s"),
 }
 
@@ -202,6 +201,28 @@ def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app
     assert client.get("/api/users/status").json == users
     client.login("ada")
     assert client.list_messages(1) == messages
+
+
+def set_option(database, option):
+    """Return the URL of a database whose server or role has an option, such as `name=value`, set."""
+    return f"{database}?options=-c%20{option.replace(' ', '%5C%20').replace('=', '%3D')}"
+
+
+@on_postgresql
+@pytest.mark.parametrize("level", ["serializable", "repeatable read"])
+def test_concurrent_writes_of_one_user_succeed_whatever_isolation_level_is_the_default(make_app, database, level):
+    url = set_option(database, f"default_transaction_isolation={level}")
+    ada = create_logged_in_client(make_app(DATABASE_URL=url, bot=echo, MAX_CONCURRENT_REPLIES=72), "ada")
+    ids = [ada.create_conversation() for _ in range(24)]
+
+    def write(number):
+        client, id = create_other_client(ada), ids[number % len(ids)]
+        login, sent = client.login("ada"), client.send_message(id, str(number))
+        renamed = client.put(f"/api/conversations/{id}", json={"name": str(number)})
+        return login.status_code, sent.status_code, renamed.status_code
+
+    assert set(run_concurrently(72, write)) == {(200, 201, 200)}
+    assert sum(len(conversation["messages"]) for conversation in ada.list_conversations()) == 2 * 72
 
 
 @on_postgresql

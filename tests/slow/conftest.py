@@ -1,11 +1,15 @@
 """Everything in this folder is slow: it serves the program, waits, kills, or needs other servers."""
 
 import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHEAP_HASH
+from tests.helpers.postgresql import PostgreSQLServer, find_initdb
 from tests.helpers.server import Server
 
 CHROMIUM_OPTIONS = [
@@ -40,3 +44,17 @@ def server(tmp_path_factory):
     server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def postgresql():
+    """A PostgreSQL server of its own for a test."""
+    if not find_initdb():
+        pytest.skip("PostgreSQL is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
+    server = PostgreSQLServer(folder)
+    server.start()
+    yield server
+    with suppress(subprocess.CalledProcessError):
+        server.stop("immediate")
+    shutil.rmtree(folder)

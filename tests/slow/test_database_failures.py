@@ -6,7 +6,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
-from tests.helpers.postgresql import PostgreSQLServer, find_initdb
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
@@ -56,19 +54,6 @@ def is_healthy(server, client, conversation_id):
         responses = run_concurrently(12, lambda number: clients[number].send_message(conversation_id, "Healthy?"))
         statuses = {response.status for response in responses}
         return statuses == {201} and client.get("/api/conversations").status == 200
-
-
-@pytest.fixture
-def postgresql():
-    if not find_initdb():
-        pytest.skip("PostgreSQL is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
-    server = PostgreSQLServer(folder)
-    server.start()
-    yield server
-    with suppress(subprocess.CalledProcessError):
-        server.stop("immediate")
-    shutil.rmtree(folder)
 
 
 class Sender:
