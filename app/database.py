@@ -1,16 +1,19 @@
 """Column types, SQL functions and connection setup for SQLite and PostgreSQL."""
 
+import os
 import sqlite3
 import time
 import unicodedata
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
+from threading import Thread
 
 from flask import has_request_context, request
 from flask_sqlalchemy.session import Session as FlaskSession
 from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, func, literal_column, text
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
@@ -252,6 +255,24 @@ def discard_read_only_connection(context):
     """Discard connections to a file that was read-only when they were opened; new ones may be able to write."""
     if getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
         context.is_disconnect = True
+
+
+class DatabaseQuery(Thread):
+    """A query that takes no longer than others wait for it; `is_answered` tells whether the database has answered."""
+
+    def __init__(self, engine, statement):
+        super().__init__(name="query", daemon=True)
+        self.engine = autocommit(engine)
+        self.statement = statement
+        self.is_answered = False
+
+    def run(self):
+        """Execute the statement. A SQLite file that was deleted would still be there for those who have it open."""
+        if self.engine.dialect.name == "sqlite" and not os.path.exists(self.engine.url.database):
+            return
+        with suppress(SQLAlchemyError), self.engine.connect() as connection:
+            connection.execute(self.statement)
+            self.is_answered = True
 
 
 def is_missing_table(error):

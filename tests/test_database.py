@@ -13,6 +13,7 @@ from threading import Timer
 import pytest
 from sqlalchemy import func, literal, select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from app import create_app, db
 from app.database import (
@@ -231,6 +232,17 @@ def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
     with app.test_request_context(method=method):
         first, second = (db.session.scalar(select(func.now())) for _ in range(2))
     assert (first == second) == is_transaction  # now() is the time at which a transaction began
+
+
+@on_postgresql
+def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connection_is_replaced(app, monkeypatch):
+    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", PAUSE)
+    with app.app_context():
+        with pytest.raises(OperationalError):
+            db.session.execute(select(func.pg_sleep(TIMEOUT)))
+        db.session.remove()
+        monkeypatch.undo()
+        assert db.session.scalar(select(literal(1))) == 1
 
 
 # Locks

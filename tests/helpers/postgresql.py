@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.server import TIMEOUT, find_free_port
@@ -37,6 +38,18 @@ class PostgreSQLServer:
     def start(self):
         options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
         self.run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+
+    def list_processes(self):
+        """Return the process ids of the server, that of the main process first."""
+        pid = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(pid), *map(int, children.split())]
+
+    def send_signal(self, number):
+        """Send a signal to all processes. After SIGSTOP, connections are still accepted, but nothing is answered."""
+        for pid in self.list_processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def stop(self, mode):
         """Stop the server: `fast` ends its sessions, `immediate` is like a crash."""

@@ -3,29 +3,35 @@
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
 from tests.helpers.server import (
+    PASSWORD,
     ROOT,
     TIMEOUT,
     Server,
     measure,
     parse_events,
     record_measurement,
+    run_all,
     run_concurrently,
     run_in_background,
     wait_until,
 )
 
+MAX_SECONDS = 15  # until a silent database is a 503
+MAX_HEALTH_SECONDS = 5  # one, and what a busy machine takes
 sqlite_only = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
@@ -139,6 +145,62 @@ def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
             exchanges = list(zip(messages[::2], messages[1::2], strict=True))
             assert all(tuple(pair) in exchanges for pair in sender.acknowledged)
             sender.client.close()
+        assert "Traceback" not in server.output
+
+
+def list_requests(server, user, conversation_id):
+    """Return functions that each send a request for which the database is needed."""
+    paths = ("current_user", "users/status", "conversations", "messages?q=a", f"conversations/{conversation_id}")
+    requests = [
+        lambda client: client.signup("bob"),
+        lambda client: client.login("ada"),
+        lambda client: client.post("/api/conversations", {"name": "New"}),
+        lambda client: client.put(f"/api/conversations/{conversation_id}", {"name": "New"}),
+        lambda client: client.delete(f"/api/conversations/{conversation_id}"),
+        lambda client: client.delete("/api/account", {"password": PASSWORD}),
+        *[lambda client: client.send_message(conversation_id)] * 3,
+        *[lambda client, path=path: client.get(f"/api/{path}") for path in paths],
+    ]
+
+    def send(request):
+        with server.other_client(user) as client:
+            return request(client)
+
+    return [partial(send, request) for request in requests]
+
+
+def test_silent_postgresql_gives_503_in_time_and_recovers(postgresql):
+    with run_server(postgresql.url) as server, server.create_logged_in_client("ada") as ada:
+        senders = [Sender(server, number) for number in range(6)]
+        conversation_id = ada.create_conversation()
+        _, reply = ada.send_message(conversation_id, "/slow 8", Prefer="respond-async").json
+        path = f"/api/conversations/{conversation_id}/messages/{reply['id']}"
+        is_over = threading.Event()
+        with run_in_background(*(lambda sender=sender: sender.send(is_over) for sender in senders)) as sending:
+            try:
+                wait_until(lambda: all(sender.acknowledged for sender in senders))
+                postgresql.send_signal(signal.SIGSTOP)
+                for _ in range(2):
+                    requests = list_requests(server, ada, conversation_id)
+                    results = run_all(*(partial(measure, request) for request in requests))
+                    assert all(is_unavailable(response) for _, response in results)
+                    record_measurement("most seconds until 503", max(seconds for seconds, _ in results))
+                    assert max(seconds for seconds, _ in results) < MAX_SECONDS
+                    seconds, response = measure(ada.get, "/api/health")
+                    assert is_unavailable(response)
+                    assert seconds < MAX_HEALTH_SECONDS
+            finally:
+                postgresql.send_signal(signal.SIGCONT)
+            seconds, _ = measure(wait_until, lambda: is_healthy(server, ada, conversation_id))
+            record_measurement("seconds until it works again", seconds)
+            is_over.set()
+        for future in sending:
+            future.result()
+        for sender in senders:
+            assert all(answered - sent < MAX_SECONDS for sent, answered in sender.refusals)
+            sender.client.close()
+        assert ada.get("/api/health").status == 200
+        assert wait_until(lambda: "status" not in (stored := ada.get(path).json) and stored)["text"].split()[-1] == "8"
         assert "Traceback" not in server.output
 
 

@@ -77,7 +77,9 @@ def use_api(server, number):
             id = client.create_conversation(f"é ✓ {number}")
             responses += [client.send_message(id, f"{text} {number}") for text in ("Hello", "/long 3", "é ✓")]
             responses.append(client.put(f"/api/conversations/{id}", {"name": f"Renamed {number}"}))
-            responses += [client.get(path) for path in ("/api/users/status", "/api/current_user", "/api/messages?q=%C3%A9")]
+            responses += [
+                client.get(path) for path in ("/api/users/status", "/api/current_user", "/api/messages?q=%C3%A9")
+            ]
             responses.append(client.get("/api/conversations"))
         return [response.status for response in responses], responses[-1].json
 
