@@ -275,6 +275,11 @@ class DatabaseQuery(Thread):
             self.is_answered = True
 
 
+def is_conflict(error):
+    """Return whether a DBAPIError says that the transaction may succeed if it is repeated as a whole."""
+    return getattr(error.orig, "sqlstate", None) in ("40001", "40P01")  # serialization_failure, deadlock_detected
+
+
 def is_missing_table(error):
     """Return whether a DBAPIError says that a table or a column is missing."""
     if getattr(error.orig, "sqlstate", None) in ("42P01", "42703"):  # undefined_table, undefined_column

@@ -6,11 +6,14 @@ import sqlite3
 import subprocess
 import sys
 import unicodedata
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from threading import Timer
 
+import psycopg
 import pytest
+from psycopg.errors import DeadlockDetected
 from sqlalchemy import func, literal, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
@@ -27,10 +30,10 @@ from app.database import (
     json_array,
     json_object,
 )
-from app.models import Message
-from tests.conftest import DATABASES, create_logged_in_client, create_other_client, echo
+from app.models import Conversation, Message
+from tests.conftest import DATABASES, PASSWORD, create_logged_in_client, create_other_client, echo
 from tests.helpers.data import add_conversations, execute
-from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background
+from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
 SQLITE, POSTGRESQL = ([value] for value in DATABASES)
 on_sqlite = pytest.mark.parametrize("database", SQLITE, indirect=True)
@@ -247,6 +250,14 @@ def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connect
 
 # Locks
 
+RENAME = "UPDATE conversation SET name = 'Renamed' WHERE id = %s"
+
+
+def prune(app):
+    """Delete all conversations, and return their ids."""
+    with app.app_context():
+        return Conversation.prune(datetime.now(UTC) + timedelta(days=1), 0, 10)
+
 
 @contextmanager
 def lock_sqlite(url):
@@ -303,3 +314,45 @@ def test_new_sqlite_file_is_opened_after_another_program_has_written_to_it(tmp_p
         timer.join()
     with app.app_context():
         db.engine.dispose()
+
+
+@contextmanager
+def lock_conversation(url, id):
+    """Lock a conversation on PostgreSQL; yield the connection."""
+    with psycopg.connect(url.replace("postgres://", "postgresql://")) as connection:
+        connection.execute(RENAME, [id])
+        yield connection
+
+
+def wait_until_blocked(connection):
+    """Wait until another transaction waits for a lock of this connection's."""
+    query = "SELECT count(*) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+    wait_until(lambda: connection.execute(query).fetchone()[0])
+
+
+@on_postgresql
+def test_prune_locks_conversations_in_the_order_of_their_ids(app, ada, database):
+    first, second = ada.create_conversation(), ada.create_conversation()
+    execute(app, f"UPDATE conversation SET updated_at = updated_at WHERE id = {first}")  # the second is read first now
+    with lock_conversation(database, first) as connection, run_in_background(partial(prune, app)) as [pruning]:
+        wait_until_blocked(connection)
+        connection.execute(f"SET lock_timeout TO '{1000 * PAUSE:.0f}ms'")
+        connection.execute(RENAME, [second])
+        connection.commit()
+    assert pruning.result() == [first, second]
+
+
+@on_postgresql
+def test_request_whose_transaction_is_ended_because_of_a_deadlock_is_repeated(app, ada, database):
+    id = ada.create_conversation()
+    body = {"password": PASSWORD}
+    with (
+        lock_conversation(database, id) as connection,
+        run_in_background(lambda: ada.delete("/api/account", json=body)) as [deletion],
+    ):
+        wait_until_blocked(connection)
+        with suppress(DeadlockDetected):  # PostgreSQL ends this one if the machine has stalled for a second
+            connection.execute('UPDATE "user" SET last_login = now()')  # which the request has locked
+        connection.commit()
+    assert deletion.result().status_code == 204
+    assert execute(app, "SELECT count(*) FROM conversation") == [(0,)]

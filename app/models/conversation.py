@@ -141,7 +141,7 @@ class Conversation(db.Model):
         Returns their ids in order.
         """
         is_old = cls.updated_at < before
-        page = select(cls.id).where(is_old, cls.id > after_id).order_by(cls.id).limit(limit)
+        page = select(cls.id).where(is_old, cls.id > after_id).order_by(cls.id).limit(limit).with_for_update()
         ids = db.session.scalars(delete(cls).where(cls.id.in_(page), is_old).returning(cls.id)).all()
         db.session.commit()
         return sorted(ids)
