@@ -47,14 +47,27 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def postgresql():
-    """A PostgreSQL server of its own for a test."""
+def create_postgresql():
+    """A function that returns a new PostgreSQL server, which is stopped and deleted at the end of the test."""
     if not find_initdb():
         pytest.skip("PostgreSQL is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
-    server = PostgreSQLServer(folder)
+    servers = []
+
+    def create(**options):
+        folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
+        servers.append(PostgreSQLServer(folder, **options))
+        return servers[-1]
+
+    yield create
+    for server in servers:
+        with suppress(subprocess.CalledProcessError):
+            server.stop("immediate")
+        shutil.rmtree(server.folder)
+
+
+@pytest.fixture
+def postgresql(create_postgresql):
+    """A PostgreSQL server of its own for a test."""
+    server = create_postgresql()
     server.start()
-    yield server
-    with suppress(subprocess.CalledProcessError):
-        server.stop("immediate")
-    shutil.rmtree(folder)
+    return server

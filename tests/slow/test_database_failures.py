@@ -1,4 +1,4 @@
-"""The served program while its database is restarted, read-only or full: 503, nothing lost, and recovery."""
+"""The served program while its database fails, is silent, read-only or full: 503, nothing lost, and recovery."""
 
 import os
 import re
@@ -83,6 +83,14 @@ class Sender:
                 self.refusals.append((sent_at, time.monotonic()))
             time.sleep(0.02)
 
+    def check_acknowledged(self):
+        """Assert that what was acknowledged is stored, and nothing twice."""
+        messages = self.client.list_messages(self.conversation_id)
+        assert len({message["text"] for message in messages[::2]}) == len(messages) // 2
+        exchanges = list(zip(messages[::2], messages[1::2], strict=True))
+        assert all(tuple(pair) in exchanges for pair in self.acknowledged)
+        self.client.close()
+
 
 def follow_to_the_end(server, user, path):
     """Follow a reply, and resume while the database is unavailable; return the text and the last event."""
@@ -140,11 +148,52 @@ def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
         record_measurement("refusals", len(refusals))
         record_measurement("most seconds until a refusal", max(answered - sent for sent, answered in refusals))
         for sender in senders:
-            messages = sender.client.list_messages(sender.conversation_id)
-            assert len({message["text"] for message in messages[::2]}) == len(messages) // 2
-            exchanges = list(zip(messages[::2], messages[1::2], strict=True))
-            assert all(tuple(pair) in exchanges for pair in sender.acknowledged)
-            sender.client.close()
+            sender.check_acknowledged()
+        assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def cluster(create_postgresql):
+    """A PostgreSQL server and its synchronous replica."""
+    primary = create_postgresql()
+    primary.start(synchronous_standby_names="'*'")
+    replica = create_postgresql(primary=primary)
+    replica.start()
+    return primary, replica
+
+
+def test_failover_to_a_synchronous_replica_loses_no_acknowledged_message_and_needs_no_restart(cluster):
+    primary, replica = cluster
+    hosts = ",".join(f"127.0.0.1:{server.port}" for server in cluster)
+    with run_server(f"postgresql://chat@{hosts}/postgres?target_session_attrs=read-write") as server:
+        workers = server.all_workers()
+        senders = [Sender(server, number) for number in range(6)]
+        is_over = threading.Event()
+        with run_in_background(*(lambda sender=sender: sender.send(is_over) for sender in senders)) as sending:
+            try:
+                wait_until(lambda: all(len(sender.acknowledged) > 3 for sender in senders))
+                primary.send_signal(signal.SIGKILL)
+                with server.client() as client:
+                    for response in (
+                        client.login("user 0"),
+                        client.get("/api/health"),
+                        client.get("/api/users/status"),
+                    ):
+                        assert is_unavailable(response)
+                wait_until(lambda: all(sender.refusals for sender in senders))
+                replica.promote()
+                counts = [len(sender.acknowledged) for sender in senders]
+                seconds, _ = measure(
+                    wait_until, lambda: all(len(s.acknowledged) > n for s, n in zip(senders, counts, strict=True))
+                )
+                record_measurement("seconds from promotion until all senders are acknowledged", seconds)
+            finally:
+                is_over.set()
+        for future in sending:
+            future.result()
+        for sender in senders:
+            sender.check_acknowledged()
+        assert server.workers() == workers
         assert "Traceback" not in server.output
 
 
