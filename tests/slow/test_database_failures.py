@@ -238,6 +238,7 @@ def test_silent_postgresql_gives_503_in_time_and_recovers(postgresql):
                     seconds, response = measure(ada.get, "/api/health")
                     assert is_unavailable(response)
                     assert seconds < MAX_HEALTH_SECONDS
+                wait_until(lambda: all(sender.refusals for sender in senders))  # a request that was under way, too
             finally:
                 postgresql.send_signal(signal.SIGCONT)
             seconds, _ = measure(wait_until, lambda: is_healthy(server, ada, conversation_id))
