@@ -8,12 +8,13 @@ from threading import Condition, Event, Lock, Thread
 from weakref import WeakValueDictionary
 
 from sqlalchemy import func, select, update
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now
+from app.errors import DATABASE_UNAVAILABLE
 from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
@@ -351,8 +352,8 @@ class ReplyManager:
                 with self.app.app_context():
                     self.store()
             except Exception as error:
-                is_unavailable = isinstance(error, OperationalError | InterfaceError)
-                reason = type(error.orig if is_unavailable else error).__name__
+                is_unavailable = isinstance(error, DATABASE_UNAVAILABLE)
+                reason = type(getattr(error, "orig", error)).__name__
                 exc_info = None if is_unavailable else error
                 self.app.logger.error("Replies cannot be stored, trying again: %s", reason, exc_info=exc_info)
                 time.sleep(POLL_INTERVAL)

@@ -104,7 +104,15 @@ def test_wrong_method_returns_405_with_the_allowed_methods(ada, method, path, al
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
 @pytest.mark.parametrize(
-    "kind", [exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.DatabaseError, exc.TimeoutError]
+    "kind",
+    [
+        exc.OperationalError,
+        exc.InterfaceError,
+        exc.InternalError,
+        exc.NotSupportedError,
+        exc.DatabaseError,
+        exc.TimeoutError,
+    ],
 )
 def test_unavailable_database_returns_503_and_is_logged_in_one_line(
     ada, raise_in_database, caplog, kind, method, path, body
