@@ -7,15 +7,33 @@ from flask_login import LoginManager
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from itsdangerous import URLSafeSerializer
+from sqlalchemy.exc import OperationalError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from app.database import Base, Session, configure_engine, engine_options
+from app.database import Base, Session, configure_engine, engine_options, is_conflict
 from config import Config, ConfigError
+
+MAX_CONFLICTS = 5  # of a request with other transactions
 
 db = SQLAlchemy(model_class=Base, session_options={"class_": Session, "expire_on_commit": False})
 migrate = Migrate(db=db, render_as_batch=True)
 login_manager = LoginManager()
 cors = CORS()
+
+
+class Application(Flask):
+    """A Flask application that repeats a request if PostgreSQL ends its transaction in favour of another one."""
+
+    def dispatch_request(self):
+        """Return what the view returns."""
+        for _ in range(MAX_CONFLICTS):
+            try:
+                return super().dispatch_request()
+            except OperationalError as error:
+                if not is_conflict(error):
+                    raise
+                db.session.rollback()
+        return super().dispatch_request()
 
 
 class SessionInterface(SecureCookieSessionInterface):
@@ -38,7 +56,7 @@ def create_app(config=None, bot=None):
     from app.responses import OrjsonProvider
     from app.validation import IdConverter
 
-    app = Flask(__name__, static_folder=None)
+    app = Application(__name__, static_folder=None)
     app.config.from_object(Config(config))
     app.json = OrjsonProvider(app)
     app.session_interface = SessionInterface(app.secret_key)

@@ -24,7 +24,13 @@ ERROR_MESSAGES = {
     413: "The body must be at most 1 MiB",
     500: "Internal server error",
 }
-DATABASE_UNAVAILABLE = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+DATABASE_UNAVAILABLE = (
+    exc.OperationalError,
+    exc.InterfaceError,
+    exc.InternalError,
+    exc.NotSupportedError,  # app/postgresql.py refuses the database's encoding
+    exc.TimeoutError,
+)
 
 
 def init_app(app):

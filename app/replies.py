@@ -8,12 +8,13 @@ from threading import Condition, Event, Lock, Thread
 from weakref import WeakValueDictionary
 
 from sqlalchemy import func, select, update
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
+from app.errors import DATABASE_UNAVAILABLE
 from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
@@ -364,8 +365,8 @@ class ReplyManager:
 
     def log_delay(self, error):
         """Log why replies cannot be stored now: once for each of them, with the id of its request."""
-        is_unavailable = isinstance(error, OperationalError | InterfaceError)
-        reason = type(error.orig).__name__ if is_unavailable else format_traceback(error)
+        is_unavailable = isinstance(error, DATABASE_UNAVAILABLE)
+        reason = type(getattr(error, "orig", error)).__name__ if is_unavailable else format_traceback(error)
         for reply in list(self.replies.values()):
             if reply.id not in self.delayed_ids:
                 self.delayed_ids.add(reply.id)

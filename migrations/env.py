@@ -61,6 +61,7 @@ def migrate(connection):
     """Run the migrations in one transaction. Raises CommandError with what failed."""
     try:
         if connection.dialect.name == "postgresql":
+            connection.connection.dbapi_connection.timeout = None
             connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
         last_ids = get_last_ids(connection)

@@ -49,11 +49,6 @@ def test_get_test_returns_that_the_server_is_running(client):
     assert (response.status_code, response.json) == (200, {"message": "Server is running"})
 
 
-def test_get_health_returns_ok(client):
-    response = client.get("/api/health")
-    assert (response.status_code, response.json) == (200, {"status": "ok"})
-
-
 # Sign-up
 
 

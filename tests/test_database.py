@@ -6,13 +6,17 @@ import sqlite3
 import subprocess
 import sys
 import unicodedata
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from threading import Timer
 
+import psycopg
 import pytest
+from psycopg.errors import DeadlockDetected
 from sqlalchemy import func, literal, select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from app import create_app, db
 from app.database import (
@@ -26,10 +30,10 @@ from app.database import (
     json_array,
     json_object,
 )
-from app.models import Message
-from tests.conftest import DATABASES, create_logged_in_client
+from app.models import Conversation, Message
+from tests.conftest import DATABASES, PASSWORD, create_logged_in_client, create_other_client, echo
 from tests.helpers.data import add_conversations, execute
-from tests.helpers.server import ROOT, TIMEOUT, measure, run_in_background
+from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
 SQLITE, POSTGRESQL = ([value] for value in DATABASES)
 on_sqlite = pytest.mark.parametrize("database", SQLITE, indirect=True)
@@ -180,7 +184,6 @@ POSTGRESQL_OPTIONS = {
     "TimeZone": ("Asia/Kathmandu", "UTC"),
     "DateStyle": ("SQL,DMY", "ISO, DMY"),
     "client_encoding": ("LATIN1", "UTF8"),
-    "default_transaction_isolation": ("serializable", "read committed"),
     "statement_timeout": ("0", "10s"),
 }
 
@@ -204,6 +207,28 @@ def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app
     assert client.list_messages(1) == messages
 
 
+def set_option(database, option):
+    """Return the URL of a database whose server or role has an option, such as `name=value`, set."""
+    return f"{database}?options=-c%20{option.replace(' ', '%5C%20').replace('=', '%3D')}"
+
+
+@on_postgresql
+@pytest.mark.parametrize("level", ["serializable", "repeatable read"])
+def test_concurrent_writes_of_one_user_succeed_whatever_isolation_level_is_the_default(make_app, database, level):
+    url = set_option(database, f"default_transaction_isolation={level}")
+    ada = create_logged_in_client(make_app(DATABASE_URL=url, bot=echo, MAX_CONCURRENT_REPLIES=72), "ada")
+    ids = [ada.create_conversation() for _ in range(24)]
+
+    def write(number):
+        client, id = create_other_client(ada), ids[number % len(ids)]
+        login, sent = client.login("ada"), client.send_message(id, str(number))
+        renamed = client.put(f"/api/conversations/{id}", json={"name": str(number)})
+        return login.status_code, sent.status_code, renamed.status_code
+
+    assert set(run_concurrently(72, write)) == {(200, 201, 200)}
+    assert sum(len(conversation["messages"]) for conversation in ada.list_conversations()) == 2 * 72
+
+
 @on_postgresql
 @pytest.mark.parametrize(("method", "is_transaction"), [("GET", False), ("HEAD", False), ("POST", True)])
 def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
@@ -212,7 +237,26 @@ def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
     assert (first == second) == is_transaction  # now() is the time at which a transaction began
 
 
+@on_postgresql
+def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connection_is_replaced(app, monkeypatch):
+    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", PAUSE)
+    with app.app_context():
+        with pytest.raises(OperationalError):
+            db.session.execute(select(func.pg_sleep(TIMEOUT)))
+        db.session.remove()
+        monkeypatch.undo()
+        assert db.session.scalar(select(literal(1))) == 1
+
+
 # Locks
+
+RENAME = "UPDATE conversation SET name = 'Renamed' WHERE id = %s"
+
+
+def prune(app):
+    """Delete all conversations, and return their ids."""
+    with app.app_context():
+        return Conversation.prune(datetime.now(UTC) + timedelta(days=1), 0, 10)
 
 
 @contextmanager
@@ -270,3 +314,45 @@ def test_new_sqlite_file_is_opened_after_another_program_has_written_to_it(tmp_p
         timer.join()
     with app.app_context():
         db.engine.dispose()
+
+
+@contextmanager
+def lock_conversation(url, id):
+    """Lock a conversation on PostgreSQL; yield the connection."""
+    with psycopg.connect(url.replace("postgres://", "postgresql://")) as connection:
+        connection.execute(RENAME, [id])
+        yield connection
+
+
+def wait_until_blocked(connection):
+    """Wait until another transaction waits for a lock of this connection's."""
+    query = "SELECT count(*) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+    wait_until(lambda: connection.execute(query).fetchone()[0])
+
+
+@on_postgresql
+def test_prune_locks_conversations_in_the_order_of_their_ids(app, ada, database):
+    first, second = ada.create_conversation(), ada.create_conversation()
+    execute(app, f"UPDATE conversation SET updated_at = updated_at WHERE id = {first}")  # the second is read first now
+    with lock_conversation(database, first) as connection, run_in_background(partial(prune, app)) as [pruning]:
+        wait_until_blocked(connection)
+        connection.execute(f"SET lock_timeout TO '{1000 * PAUSE:.0f}ms'")
+        connection.execute(RENAME, [second])
+        connection.commit()
+    assert pruning.result() == [first, second]
+
+
+@on_postgresql
+def test_request_whose_transaction_is_ended_because_of_a_deadlock_is_repeated(app, ada, database):
+    id = ada.create_conversation()
+    body = {"password": PASSWORD}
+    with (
+        lock_conversation(database, id) as connection,
+        run_in_background(lambda: ada.delete("/api/account", json=body)) as [deletion],
+    ):
+        wait_until_blocked(connection)
+        with suppress(DeadlockDetected):  # PostgreSQL ends this one if the machine has stalled for a second
+            connection.execute('UPDATE "user" SET last_login = now()')  # which the request has locked
+        connection.commit()
+    assert deletion.result().status_code == 204
+    assert execute(app, "SELECT count(*) FROM conversation") == [(0,)]

@@ -144,7 +144,7 @@ class Conversation(db.Model):
     def list_unchanged_ids(cls, before, after_id, limit):
         """Return the ids of at most `limit` conversations above the id `after_id` without a change since `before`."""
         query = select(cls.id).where(cls.updated_at < before, cls.id > after_id).order_by(cls.id).limit(limit)
-        return db.session.scalars(query).all()
+        return db.session.scalars(query.with_for_update()).all()
 
     @classmethod
     def prune(cls, ids, before):

@@ -8,9 +8,11 @@ from orjson import Fragment
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from werkzeug.exceptions import ServiceUnavailable
 
 from app import db, login_manager
-from app.database import SAFE_METHODS, autocommit
+from app.database import SAFE_METHODS, DatabaseQuery, autocommit
+from app.errors import RETRY_AFTER
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import (
@@ -26,6 +28,7 @@ from app.validation import get_int_arg, get_string, is_invisible
 MAX_USERNAME_LENGTH = 80
 MAX_PASSWORD_LENGTH = 1024
 MAX_PAGE_SIZE = 100
+HEALTH_TIMEOUT = 1  # seconds
 COMMON_PASSWORDS_REFUSED_FROM = 8  # a PASSWORD_MIN_LENGTH of as many characters asks for good passwords
 
 bp = Blueprint("auth", __name__)
@@ -64,8 +67,12 @@ def test():
 
 @bp.get("/api/health")
 def health():
-    """Return that the database answers, or 503."""
-    db.session.execute(select(1))
+    """Return that the database answers; abort with 503 if it does not within HEALTH_TIMEOUT."""
+    query = DatabaseQuery(db.engine, select(User.id).limit(1))
+    query.start()
+    query.join(HEALTH_TIMEOUT)
+    if not query.is_answered:
+        raise ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
     return {"status": "ok"}
 
 

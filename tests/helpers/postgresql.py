@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.server import TIMEOUT, find_free_port
@@ -14,16 +15,23 @@ def find_initdb():
 
 
 class PostgreSQLServer:
-    """A PostgreSQL server with its data in a folder; as root, it runs as the user postgres."""
+    """A PostgreSQL server with its data in a folder; as root, it runs as the user postgres.
 
-    def __init__(self, folder):
+    With a primary, which must have been started, it is a replica of that.
+    """
+
+    def __init__(self, folder, primary=None):
         self.programs = Path(find_initdb()).parent
         self.folder = folder
         self.user = "postgres" if os.getuid() == 0 else None
         self.port = find_free_port()
         if self.user:
             shutil.chown(folder, self.user)
-        self.run("initdb", "-D", folder / "data", "-U", "chat", "-A", "trust", "-N", "-E", "UTF8")
+        data = folder / "data"
+        if primary:
+            self.run("pg_basebackup", "-d", primary.url, "-D", data, "-R", "-N", "-c", "fast")
+        else:
+            self.run("initdb", "-D", data, "-U", "chat", "-A", "trust", "-N", "-E", "UTF8")
 
     @property
     def url(self):
@@ -34,9 +42,26 @@ class PostgreSQLServer:
         command = [self.programs / program, *map(str, arguments)]
         subprocess.run(command, user=self.user, cwd="/", stdout=subprocess.DEVNULL, timeout=2 * TIMEOUT, check=True)
 
-    def start(self):
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+    def start(self, **settings):
+        settings = {"listen_addresses": "127.0.0.1", **settings}
+        options = f"-p {self.port} -k {self.folder} " + " ".join(f"-c {name}={settings[name]}" for name in settings)
         self.run("pg_ctl", "start", "-w", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options)
+
+    def promote(self):
+        """Let a replica become the primary."""
+        self.run("pg_ctl", "promote", "-w", "-D", self.folder / "data")
+
+    def list_processes(self):
+        """Return the process ids of the server, that of the main process first."""
+        pid = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(pid), *map(int, children.split())]
+
+    def send_signal(self, number):
+        """Send a signal to all processes. After SIGSTOP, connections are still accepted, but nothing is answered."""
+        for pid in self.list_processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def stop(self, mode):
         """Stop the server: `fast` ends its sessions, `immediate` is like a crash."""

@@ -2,12 +2,15 @@
 
 import shutil
 import sqlite3
-from contextlib import closing
+import subprocess
+import tempfile
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHEAP_HASH
+from tests.helpers.postgresql import PostgreSQLServer, find_initdb
 from tests.helpers.server import Server
 
 CHROMIUM_OPTIONS = [
@@ -56,3 +59,30 @@ def server(tmp_path_factory):
     server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def create_postgresql():
+    """A function that returns a new PostgreSQL server, which is stopped and deleted at the end of the test."""
+    if not find_initdb():
+        pytest.skip("PostgreSQL is not installed")
+    servers = []
+
+    def create(**options):
+        folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
+        servers.append(PostgreSQLServer(folder, **options))
+        return servers[-1]
+
+    yield create
+    for server in servers:
+        with suppress(subprocess.CalledProcessError):
+            server.stop("immediate")
+        shutil.rmtree(server.folder)
+
+
+@pytest.fixture
+def postgresql(create_postgresql):
+    """A PostgreSQL server of its own for a test."""
+    server = create_postgresql()
+    server.start()
+    return server

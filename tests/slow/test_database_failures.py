@@ -1,33 +1,37 @@
-"""The served program while its database is restarted, read-only or full: 503, nothing lost, and recovery."""
+"""The served program while its database fails, is silent, read-only or full: 503, nothing lost, and recovery."""
 
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
-from tests.helpers.postgresql import PostgreSQLServer, find_initdb
 from tests.helpers.server import (
+    PASSWORD,
     ROOT,
     TIMEOUT,
     Server,
     measure,
     parse_events,
     record_measurement,
+    run_all,
     run_concurrently,
     run_in_background,
     wait_until,
 )
 
+MAX_SECONDS = 15  # until a silent database is a 503
+MAX_HEALTH_SECONDS = 5  # one, and what a busy machine takes
 sqlite_only = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
@@ -58,19 +62,6 @@ def is_healthy(server, client, conversation_id):
         return statuses == {201} and client.get("/api/conversations").status == 200
 
 
-@pytest.fixture
-def postgresql():
-    if not find_initdb():
-        pytest.skip("PostgreSQL is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="chat-postgresql-"))  # tmp_path is closed to the user postgres
-    server = PostgreSQLServer(folder)
-    server.start()
-    yield server
-    with suppress(subprocess.CalledProcessError):
-        server.stop("immediate")
-    shutil.rmtree(folder)
-
-
 class Sender:
     """A user who sends messages, never one twice, until an event is set."""
 
@@ -91,6 +82,14 @@ class Sender:
                 assert is_unavailable(response)
                 self.refusals.append((sent_at, time.monotonic()))
             time.sleep(0.02)
+
+    def check_acknowledged(self):
+        """Assert that what was acknowledged is stored, and nothing twice."""
+        messages = self.client.list_messages(self.conversation_id)
+        assert len({message["text"] for message in messages[::2]}) == len(messages) // 2
+        exchanges = list(zip(messages[::2], messages[1::2], strict=True))
+        assert all(tuple(pair) in exchanges for pair in self.acknowledged)
+        self.client.close()
 
 
 def follow_to_the_end(server, user, path):
@@ -149,11 +148,109 @@ def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
         record_measurement("refusals", len(refusals))
         record_measurement("most seconds until a refusal", max(answered - sent for sent, answered in refusals))
         for sender in senders:
-            messages = sender.client.list_messages(sender.conversation_id)
-            assert len({message["text"] for message in messages[::2]}) == len(messages) // 2
-            exchanges = list(zip(messages[::2], messages[1::2], strict=True))
-            assert all(tuple(pair) in exchanges for pair in sender.acknowledged)
+            sender.check_acknowledged()
+        assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def cluster(create_postgresql):
+    """A PostgreSQL server and its synchronous replica."""
+    primary = create_postgresql()
+    primary.start(synchronous_standby_names="'*'")
+    replica = create_postgresql(primary=primary)
+    replica.start()
+    return primary, replica
+
+
+def test_failover_to_a_synchronous_replica_loses_no_acknowledged_message_and_needs_no_restart(cluster):
+    primary, replica = cluster
+    hosts = ",".join(f"127.0.0.1:{server.port}" for server in cluster)
+    with run_server(f"postgresql://chat@{hosts}/postgres?target_session_attrs=read-write") as server:
+        workers = server.all_workers()
+        senders = [Sender(server, number) for number in range(6)]
+        is_over = threading.Event()
+        with run_in_background(*(lambda sender=sender: sender.send(is_over) for sender in senders)) as sending:
+            try:
+                wait_until(lambda: all(len(sender.acknowledged) > 3 for sender in senders))
+                primary.send_signal(signal.SIGKILL)
+                with server.client() as client:
+                    for response in (
+                        client.login("user 0"),
+                        client.get("/api/health"),
+                        client.get("/api/users/status"),
+                    ):
+                        assert is_unavailable(response)
+                wait_until(lambda: all(sender.refusals for sender in senders))
+                replica.promote()
+                counts = [len(sender.acknowledged) for sender in senders]
+                seconds, _ = measure(
+                    wait_until, lambda: all(len(s.acknowledged) > n for s, n in zip(senders, counts, strict=True))
+                )
+                record_measurement("seconds from promotion until all senders are acknowledged", seconds)
+            finally:
+                is_over.set()
+        for future in sending:
+            future.result()
+        for sender in senders:
+            sender.check_acknowledged()
+        assert server.workers() == workers
+        assert "Traceback" not in server.output
+
+
+def list_requests(server, user, conversation_id):
+    """Return functions that each send a request for which the database is needed."""
+    paths = ("current_user", "users/status", "conversations", "messages?q=a", f"conversations/{conversation_id}")
+    requests = [
+        lambda client: client.signup("bob"),
+        lambda client: client.login("ada"),
+        lambda client: client.post("/api/conversations", {"name": "New"}),
+        lambda client: client.put(f"/api/conversations/{conversation_id}", {"name": "New"}),
+        lambda client: client.delete(f"/api/conversations/{conversation_id}"),
+        lambda client: client.delete("/api/account", {"password": PASSWORD}),
+        *[lambda client: client.send_message(conversation_id)] * 3,
+        *[lambda client, path=path: client.get(f"/api/{path}") for path in paths],
+    ]
+
+    def send(request):
+        with server.other_client(user) as client:
+            return request(client)
+
+    return [partial(send, request) for request in requests]
+
+
+def test_silent_postgresql_gives_503_in_time_and_recovers(postgresql):
+    with run_server(postgresql.url) as server, server.create_logged_in_client("ada") as ada:
+        senders = [Sender(server, number) for number in range(6)]
+        conversation_id = ada.create_conversation()
+        _, reply = ada.send_message(conversation_id, "/slow 8", Prefer="respond-async").json
+        path = f"/api/conversations/{conversation_id}/messages/{reply['id']}"
+        is_over = threading.Event()
+        with run_in_background(*(lambda sender=sender: sender.send(is_over) for sender in senders)) as sending:
+            try:
+                wait_until(lambda: all(sender.acknowledged for sender in senders))
+                postgresql.send_signal(signal.SIGSTOP)
+                for _ in range(2):
+                    requests = list_requests(server, ada, conversation_id)
+                    results = run_all(*(partial(measure, request) for request in requests))
+                    assert all(is_unavailable(response) for _, response in results)
+                    record_measurement("most seconds until 503", max(seconds for seconds, _ in results))
+                    assert max(seconds for seconds, _ in results) < MAX_SECONDS
+                    seconds, response = measure(ada.get, "/api/health")
+                    assert is_unavailable(response)
+                    assert seconds < MAX_HEALTH_SECONDS
+                wait_until(lambda: all(sender.refusals for sender in senders))  # a request that was under way, too
+            finally:
+                postgresql.send_signal(signal.SIGCONT)
+            seconds, _ = measure(wait_until, lambda: is_healthy(server, ada, conversation_id))
+            record_measurement("seconds until it works again", seconds)
+            is_over.set()
+        for future in sending:
+            future.result()
+        for sender in senders:
+            assert all(answered - sent < MAX_SECONDS for sent, answered in sender.refusals)
             sender.client.close()
+        assert ada.get("/api/health").status == 200
+        assert wait_until(lambda: "status" not in (stored := ada.get(path).json) and stored)["text"].split()[-1] == "8"
         assert "Traceback" not in server.output
 
 

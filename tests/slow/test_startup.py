@@ -319,6 +319,24 @@ def test_unusable_database_stops_the_program_with_one_line(no_database, url):
     assert no_database.read_text().startswith("This is not a database")
 
 
+@pytest.mark.skipif(not POSTGRESQL_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+@pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
+def test_database_that_cannot_hold_unicode_stops_the_program_with_one_line(encoding, command):
+    name = f"chat_test_{secrets.token_hex(4)}"
+    url = make_url(POSTGRESQL_URL).set(database=name).render_as_string(hide_password=False)
+    with psycopg.connect(POSTGRESQL_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+        try:
+            process = run_python(*command.split(), DATABASE_URL=url)
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    assert process.returncode != 0
+    [line] = (process.stdout + process.stderr).splitlines()
+    assert line.startswith("Error: ")
+    assert f"its encoding must be UTF8, not {encoding}" in line
+
+
 @pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
 def test_instance_folder_that_cannot_be_created_stops_the_program_with_one_line(clone, command):
     (clone / "instance").write_text("This is not a folder")

@@ -1,0 +1,63 @@
+"""Connections to PostgreSQL: what is set on them, and how long they wait for the server."""
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from sqlalchemy import event
+
+PING_TIMEOUT = 3  # seconds for the ping of a connection from the pool
+ANSWER_TIMEOUT = (
+    11  # seconds for a statement: more than the server's own limit, so that only a silent server exceeds it
+)
+# What the program relies on. A pooler such as PgBouncer in transaction mode keeps these for each of its clients.
+SETTINGS = "SET client_encoding TO 'UTF8'; SET DateStyle TO 'ISO'; SET TimeZone TO 'UTC'"
+TIMEOUTS = "SET statement_timeout TO '10s'; SET idle_in_transaction_session_timeout TO '60s'"
+
+
+class Connection(psycopg.Connection):
+    """A connection that is closed if the server does not answer within `timeout` seconds, or None for no limit."""
+
+    timeout = PING_TIMEOUT
+
+    def wait(self, gen, **kwargs):
+        """Return the result of a generator of psycopg's. Raises OperationalError if the server does not answer."""
+        try:
+            return super().wait(gen, **{"timeout": self.timeout, **kwargs})
+        except psycopg.OperationalError:
+            if self.info.transaction_status == TransactionStatus.ACTIVE:  # the statement has not ended
+                self.close()
+            raise
+
+
+def configure_engine(engine):
+    """Set up each connection of an engine."""
+    event.listen(engine, "do_connect", connect)
+    event.listen(engine, "checkout", set_answer_timeout)
+    event.listen(engine, "checkin", set_ping_timeout)
+
+
+def connect(dialect, record, args, kwargs):
+    """Return a new connection with SETTINGS, whatever the server's or the role's defaults are.
+
+    Raises NotSupportedError if the database cannot hold every character.
+    """
+    connection = Connection.connect(*args, **kwargs, autocommit=True)
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        connection.close()
+        raise psycopg.NotSupportedError(f"its encoding must be UTF8, not {encoding}")
+    connection.execute(SETTINGS)
+    if connection.prepare_threshold is not None:  # else a pooler would share these with its other clients
+        connection.execute(TIMEOUTS)
+    connection.autocommit = False
+    return connection
+
+
+def set_answer_timeout(connection, record, proxy):
+    """Let a statement take its time."""
+    connection.timeout = ANSWER_TIMEOUT
+
+
+def set_ping_timeout(connection, record):
+    """Let the next use of a connection, which is SQLAlchemy's ping, find out soon that the server is silent."""
+    if connection is not None:
+        connection.timeout = PING_TIMEOUT
