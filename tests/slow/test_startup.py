@@ -188,8 +188,9 @@ def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, ar
     assert not path.exists()
 
 
-def test_every_line_of_the_server_is_an_object_with_log_format_json(start):
-    server = start("--access-logfile", "-", LOG_FORMAT="json")
+def test_every_line_of_the_server_is_an_object_with_log_format_json(start, clone):
+    (clone / ".env").write_text("LOG_FORMAT=json\n")
+    server = start("--access-logfile", "-", prefix=("env", "-u", "LOG_FORMAT", "-C", clone))
     with connect(server.port) as connection:
         connection.sendall(b"INVALID\r\n\r\n")
         receive_all(connection)
