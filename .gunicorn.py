@@ -1,8 +1,13 @@
-"""How gunicorn serves, beyond the settings of config.py: time limits, header limits, JSON errors, a graceful end."""
+"""How gunicorn serves, beyond the settings of config.py: time limits, header limits, JSON errors, a graceful end.
+
+The master reads this file before gevent patches the standard library in each worker, so nothing here imports the app.
+"""
 
 import errno
 import fcntl
 import json
+import logging
+import os
 import ssl
 import sys
 import termios
@@ -14,6 +19,7 @@ from http import HTTPStatus
 import gevent
 from flask.logging import default_handler
 from gevent.socket import wait_write
+from gunicorn import glogging
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
 from gunicorn.workers.ggevent import GeventWorker
@@ -64,6 +70,35 @@ Cross-Origin-Resource-Policy: cross-origin\r
 Referrer-Policy: no-referrer\r
 X-Content-Type-Options: nosniff\r
 """
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object in one line for each record of gunicorn's, as app/hooks.py has it for those of the application."""
+
+    default_time_format = "%Y-%m-%dT%H:%M:%S%z"
+    default_msec_format = None
+
+    def format(self, record):
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": "-",
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class Logger(glogging.Logger):
+    """Gunicorn's log, in the format that LOG_FORMAT says."""
+
+    def setup(self, cfg):
+        super().setup(cfg)
+        if os.environ.get("LOG_FORMAT") == "json":
+            for handler in [*self.error_log.handlers, *self.access_log.handlers]:
+                handler.setFormatter(JsonFormatter())
 
 
 class RequestTimeout(errors.ParseException):
@@ -290,6 +325,7 @@ def format_error_response(status):
     return (head + body).encode()
 
 
+logger_class = Logger
 worker_class = Worker
 
 

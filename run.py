@@ -59,6 +59,7 @@ def main(arguments):
     os.environ["SECRET_KEY"] = app.config["SECRET_KEY"]
     os.environ["SESSIONS_VALID_FROM"] = app.config["SESSIONS_VALID_FROM"].isoformat()
     os.environ["WEB_CONCURRENCY"] = str(app.config["WEB_CONCURRENCY"])
+    os.environ["LOG_FORMAT"] = app.config["LOG_FORMAT"]
     command = get_gunicorn_command(arguments)
     if GUNICORN_ONLY_PRINTS.isdisjoint(arguments):
         if arguments and (status := subprocess.call([*command, "--check-config"])):

@@ -58,8 +58,10 @@ def init_app(app):
     app.before_request(before_request)
     app.after_request(after_request)
     app.logger.setLevel(logging.INFO)
-    formatter = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
-    default_handler.setFormatter(formatter("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT))
+    formatter_class = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
+    formatter = formatter_class("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT)
+    for handler in (default_handler, logging.lastResort):  # the application's log, and that of the libraries
+        handler.setFormatter(formatter)
 
 
 def get_request_id(record):
@@ -136,4 +138,5 @@ def log_request(response):
         "duration_ms": round((time.perf_counter() - g.started_at) * 1000, 1),
         "user_id": g.get("user_id"),
     }
-    logger.info("%s %s %d %.1f ms user=%s", *fields.values(), extra={"fields": fields})
+    *values, user_id = fields.values()
+    logger.info("%s %s %d %.1f ms user=%s", *values, user_id or "-", extra={"fields": fields})

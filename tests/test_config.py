@@ -419,6 +419,13 @@ def test_unreadable_file_raises_config_error(env_file):
         Config()
 
 
+@pytest.mark.parametrize(("target", "reason"), [("missing", "No such file"), (".env", "Too many levels")])
+def test_link_that_leads_nowhere_raises_config_error(env_file, target, reason):
+    env_file.symlink_to(target)
+    with pytest.raises(ConfigError, match=rf"\.env cannot be read: {reason}"):
+        Config()
+
+
 @pytest.mark.parametrize("line", ['BOT_MODEL="a', "BOT_MODEL='a\nPORT=1", "not a setting", "=1"])
 def test_malformed_file_raises_config_error_with_the_line(env_file, line):
     env_file.write_text(f"PORT=1\n\n{line}\n")

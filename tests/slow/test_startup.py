@@ -1,5 +1,6 @@
 """How the program starts and ends: `python run.py`, `python -m flask` and other WSGI servers."""
 
+import json
 import os
 import re
 import secrets
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing, suppress
+from datetime import datetime
 from http.client import HTTPConnection
 
 import psycopg
@@ -18,7 +20,16 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
-from tests.helpers.server import ROOT, TIMEOUT, HttpClient, Server, find_free_port, wait_until
+from tests.helpers.server import (
+    ROOT,
+    TIMEOUT,
+    HttpClient,
+    Server,
+    connect,
+    find_free_port,
+    receive_all,
+    wait_until,
+)
 from tests.helpers.tls import create_certificate, create_tls_context
 
 POSTGRESQL_URL = os.environ.get("TEST_DATABASE_URL")
@@ -175,6 +186,22 @@ def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, ar
     assert process.returncode == status
     assert re.search(output, process.stdout + process.stderr)
     assert not path.exists()
+
+
+def test_every_line_of_the_server_is_an_object_with_log_format_json(start, clone):
+    (clone / ".env").write_text("LOG_FORMAT=json\n")
+    server = start("--access-logfile", "-", prefix=("env", "-u", "LOG_FORMAT", "-C", clone))
+    with connect(server.port) as connection:
+        connection.sendall(b"INVALID\r\n\r\n")
+        receive_all(connection)
+    assert is_served(server.port)
+    assert server.terminate() == 0
+    server.reader.join(TIMEOUT)
+    lines = [json.loads(line) for line in server.lines]
+    assert all(datetime.fromisoformat(line["time"]).tzinfo and line["request_id"] for line in lines)
+    loggers = {line["logger"]: line["level"] for line in lines}
+    assert loggers == {"gunicorn.error": "INFO", "gunicorn.access": "INFO", "app.requests": "INFO"}
+    assert ["Invalid request" in line["message"] for line in lines if line["level"] == "WARNING"] == [True]
 
 
 def test_session_works_on_every_worker_and_on_its_replacement(start):
