@@ -58,6 +58,12 @@ def test_curl_examples_work_when_pasted_one_after_the_other(serve):
     assert end.split() == ['{"message":"User', "1", "logged", "out", 'successfully"}']
 
 
+@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("tsx", "main.tsx")])
+def test_example_of_a_front_end_is_that_of_the_tested_page(language, name):
+    block = get_block(language, "proxy" if language == "js" else "Chat")
+    assert block in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
+
+
 def test_example_of_a_bot_replies():
     code = get_block("python", "def echo_bot") + (
         "bot = app.extensions['replies'].bot\n"
