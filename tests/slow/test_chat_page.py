@@ -36,9 +36,10 @@ def find_listed_port():
 @contextmanager
 def serve_pages(project, configuration, host="127.0.0.1"):
     """Run Vite with a vite.config.js while the block is executed; yield the URL of the page."""
-    (project / "vite.config.js").write_text(configuration)
     port = find_listed_port()
-    command = ["node_modules/.bin/vite", "--port", str(port), "--strictPort", "--host", host]
+    path = project / f"vite.config.{port}.js"
+    path.write_text(configuration)
+    command = ["node_modules/.bin/vite", "--config", path, "--port", str(port), "--strictPort", "--host", host]
     with subprocess.Popen(command, cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: process.poll() is not None or is_listening(host, port))
