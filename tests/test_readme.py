@@ -1,6 +1,7 @@
 """The README's claims: its commands, its snippets, its names of settings and files."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,13 +59,28 @@ def test_curl_examples_work_when_pasted_one_after_the_other(serve):
     assert end.endswith('\n\n\n{"message":"User 1 logged out successfully"}\n')
 
 
-def test_example_of_a_bot_replies():
-    code = get_block("python", "def echo_bot") + (
-        "bot = app.extensions['replies'].bot\n"
-        "chunks = bot([('user', 'Hello there')], user_id=1, conversation_id=1)\n"
-        "assert list(chunks) == ['You', 'wrote:', 'Hello', 'there']"
+@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("tsx", "main.tsx")])
+def test_example_of_a_front_end_is_that_of_the_tested_page(language, name):
+    block = get_block(language, "proxy" if language == "js" else "Chat")
+    assert block in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
+
+
+def test_example_of_a_bot_replies_and_is_served_by_the_command(tmp_path):
+    (tmp_path / "echo.py").write_text(get_block("python", "def echo_bot"))
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}", "DATABASE_URL": f"sqlite:///{tmp_path}/chat.db"}
+    (command,) = re.findall(r"`python (-m flask --app echo run)`", README)
+    for arguments in (["-m", "flask", "--app", "echo", "db", "upgrade"], [*command.split(), "--help"]):
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environ, timeout=TIMEOUT, check=True)
+    script = (
+        "from echo import app\n"
+        "client = app.test_client()\n"
+        "for path in ('signup', 'login'):\n"
+        "    client.post(f'/api/{path}', json={'username': 'ada', 'password': 'x'})\n"
+        "client.post('/api/conversations', json={'name': 'New'})\n"
+        "_, reply = client.post('/api/conversations/1/messages', json={'text': 'Hello there'}).json\n"
+        "assert reply['text'] == 'You wrote: Hello there'\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, timeout=TIMEOUT, check=True)
 
 
 def test_example_of_a_conftest_gives_a_client(tmp_path):

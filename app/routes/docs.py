@@ -22,6 +22,9 @@ STYLE = """
   .swagger-ui .parameters tr, .swagger-ui .parameters td { display: block; width: auto }
   .swagger-ui .parameters td { padding: 5px 0 }
   .swagger-ui .wrapper { padding: 0 10px }
+  .swagger-ui .opblock-tag { flex-wrap: wrap }
+  .swagger-ui .opblock-tag a { flex: 1 }
+  .swagger-ui .opblock-tag small { flex: none; order: 1; width: 100%; padding: 0 }
 }
 """
 PAGE = f"""<!doctype html>

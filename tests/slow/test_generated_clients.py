@@ -1,38 +1,12 @@
 """TypeScript clients generated from the API description: they generate, compile, and work at run time."""
 
-import os
-import shutil
-import subprocess
-
 import pytest
 
-from tests.helpers.server import ROOT, TIMEOUT
+from tests.helpers.npm import install, needs_npm, run, run_npm
 
-SOURCES = ("package.json", "tsconfig.json", "setup.ts", "openapi-typescript.ts", "hey-api.ts", "orval.ts")
 GENERATORS = ("openapi-typescript", "hey-api", "orval")
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("npm") and shutil.which("node")), reason="node and npm are not installed"
-)
-
-
-def run(folder, *command, **environ):
-    """Run a command in a folder and return the finished process."""
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, **environ},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=10 * TIMEOUT,
-    )
-
-
-def run_npm(folder, *arguments):
-    """Run npm in a folder and assert that it succeeds."""
-    process = run(folder, "npm", *arguments)
-    assert process.returncode == 0, process.stdout + process.stderr
+pytestmark = needs_npm
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +19,7 @@ def description(server):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of tests/typescript with the generators installed."""
-    folder = tmp_path_factory.mktemp("clients")
-    for name in SOURCES:
-        shutil.copy(ROOT / "tests" / "typescript" / name, folder)
-    run_npm(folder, "install", "--no-audit", "--no-fund")
-    return folder
+    return install(".", tmp_path_factory.mktemp("clients"))
 
 
 def generate(folder, description, script="generate"):

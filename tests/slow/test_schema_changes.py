@@ -1,4 +1,4 @@
-"""Changing a model in a copy of the project, by `flask db migrate` and `flask db upgrade`, with rows."""
+"""Extending a copy of the project: models, by `flask db migrate` and `flask db upgrade` with rows, and routes."""
 
 import json
 import os
@@ -40,6 +40,17 @@ with app.app_context():
     db.session.execute(db.text("UPDATE conversation SET topic = 'tea' WHERE id = 1"))
     db.session.commit()
 print(json.dumps(client.get("/api/conversations", headers=headers).json))
+"""
+ROUTE = """
+@bp.get("/api/conversations/count")
+@login_required
+def count_conversations():
+    return {"count": len(Conversation.list_for_user(current_user.id))}
+
+
+"""
+COUNT_CONVERSATIONS = """
+print(json.dumps(client.get("/api/conversations/count").json))
 """
 
 
@@ -133,6 +144,21 @@ def test_column_added_to_conversation_and_its_dict_is_shown_everywhere(app, rows
     assert "topic" in project.migrate()
     assert [result["topic"] for result in project.run_logged_in(CALL_API)] == ["none"] * 5
     assert [result["topic"] for result in project.run_logged_in(CHANGE_TOPIC)] == ["tea", "none"]
+
+
+def test_required_column_without_default_is_refused_by_an_error_that_names_it(rows, project):
+    name = "    name: Mapped[str] = mapped_column(String(255))\n"
+    project.replace("app/models/conversation.py", name, f"{name}    topic: Mapped[str] = mapped_column(String(20))\n")
+    project.run_python("-m", "flask", "db", "migrate", "-m", "change")
+    with pytest.raises(AssertionError, match=r"Error: a migration failed: .*topic"):
+        project.run_python("-m", "flask", "db", "upgrade")
+
+
+def test_route_added_to_a_blueprint_is_served(rows, project):
+    project.replace(
+        "app/routes/chat.py", '@bp.post("/api/conversations")\n', ROUTE + '@bp.post("/api/conversations")\n'
+    )
+    assert project.run_logged_in(COUNT_CONVERSATIONS) == {"count": 1}
 
 
 def test_user_table_can_be_widened_and_lose_a_column(app, ada, rows, project):

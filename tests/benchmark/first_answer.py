@@ -1,0 +1,90 @@
+"""The time from a clone to the first answer in a page: the README's commands and its example, in Chromium.
+
+Run it as `python -m tests.benchmark.first_answer`; it needs git, Chromium and the package playwright.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from playwright.sync_api import sync_playwright
+
+from tests.helpers.model_server import running
+from tests.helpers.readme import get_block
+from tests.helpers.server import ROOT, find_free_port
+
+PAGE_PORT = 8080  # which CORS_ORIGINS lists by default
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """Sends an empty page."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html>")
+
+    def log_message(self, *args):
+        """Log nothing."""
+
+
+def start(folder, port):
+    """Run the README's first command in a folder; return the process as soon as the program is listening."""
+    process = subprocess.Popen(
+        ["bash", "-c", get_block("bash", "run.py")],
+        cwd=folder,
+        env={**os.environ, "PORT": str(port)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "Listening at" in line:
+            return process
+    sys.exit("The program did not start")
+
+
+def chat(port):
+    """Run the README's example in a page until the answer is stored; return the answer's text."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"http://localhost:{PAGE_PORT}/")
+        script = get_block("js", "fetch(").replace(":5000", f":{port}")
+        with page.expect_console_message(lambda message: message.text.startswith("stored")) as stored:
+            page.evaluate(f"async () => {{ {script} }}")
+        answer = stored.value.args[1].json_value()[1]["text"]
+        browser.close()
+        return answer
+
+
+def main():
+    """Print the seconds since the beginning after each step."""
+    port, started_at = find_free_port(), time.monotonic()
+
+    def report(step):
+        sys.stdout.write(f"{time.monotonic() - started_at:5.1f} s  {step}\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+        report("cloned")
+        process = start(folder, port)
+        report("installed and started")
+        try:
+            with running(ThreadingHTTPServer(("127.0.0.1", PAGE_PORT), PageHandler)):
+                answer = chat(port)
+            report(f"the page shows: {answer}")
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
