@@ -255,8 +255,11 @@ RENAME = "UPDATE conversation SET name = 'Renamed' WHERE id = %s"
 
 def prune(app):
     """Delete all conversations, and return their ids."""
+    before = datetime.now(UTC) + timedelta(days=1)
     with app.app_context():
-        return Conversation.prune(datetime.now(UTC) + timedelta(days=1), 0, 10)
+        ids = Conversation.list_unchanged_ids(before, 0, 10)
+        Conversation.prune(ids, before)
+        return ids
 
 
 @contextmanager
