@@ -5,9 +5,7 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import event
 
 PING_TIMEOUT = 3  # seconds for the ping of a connection from the pool
-ANSWER_TIMEOUT = (
-    11  # seconds for a statement: more than the server's own limit, so that only a silent server exceeds it
-)
+ANSWER_TIMEOUT = 11  # seconds for a statement: more than the server's own limit, see TIMEOUTS
 # What the program relies on. A pooler such as PgBouncer in transaction mode keeps these for each of its clients.
 SETTINGS = "SET client_encoding TO 'UTF8'; SET DateStyle TO 'ISO'; SET TimeZone TO 'UTC'"
 TIMEOUTS = "SET statement_timeout TO '10s'; SET idle_in_transaction_session_timeout TO '60s'"
