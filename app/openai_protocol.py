@@ -219,7 +219,7 @@ def parse_error(status, body, retry_after=None):
     fields = find_error_fields(body)
     kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
     if status == 200:
-        status = next((int(kind[:3]) for kind in kinds if kind.isdecimal()), 200)
+        status = next((int(kind[:3]) for kind in kinds if re.match("[45][0-9][0-9]", kind)), 200)
     shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
     summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
     is_busy = status in BUSY_STATUSES or (status == 200 and BUSY_KIND.search(" ".join(kinds)))
