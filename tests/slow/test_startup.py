@@ -360,7 +360,7 @@ def test_database_that_cannot_hold_unicode_stops_the_program_with_one_line(encod
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     assert process.returncode != 0
     [line] = (process.stdout + process.stderr).splitlines()
-    assert line.startswith("Error: ")
+    assert "Error: " in line
     assert f"its encoding must be UTF8, not {encoding}" in line
 
 
