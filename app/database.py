@@ -111,21 +111,9 @@ def json_array(column):
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
 
 
-class octet_length(FunctionElement):
-    """`octet_length(column)` is the length of a text in bytes."""
-
-    type = BigInteger()
-    inherit_cache = True
-
-
-@compiles(octet_length, "sqlite")
-def compile_octet_length_for_sqlite(element, compiler, **kw):
-    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
-
-
-@compiles(octet_length, "postgresql")
-def compile_octet_length_for_postgresql(element, compiler, **kw):
-    return f"octet_length({compiler.process(element.clauses, **kw)})"
+def octet_length(value):
+    """Return the length of a text in bytes, as PostgreSQL's function of this name does."""
+    return len(value.encode())
 
 
 def limit_size(query, json_name, *order_names):
@@ -135,7 +123,7 @@ def limit_size(query, json_name, *order_names):
     """
     rows = query.subquery()
     order_by = [rows.c[name].desc() for name in order_names]
-    sizes = func.sum(octet_length(rows.c[json_name]))
+    sizes = func.sum(func.octet_length(rows.c[json_name]))
     is_full, was_full = (
         func.coalesce(sizes.over(order_by=order_by, rows=(None, -distance)), 0) >= MAX_PAGE_BYTES for distance in (1, 2)
     )
@@ -255,6 +243,7 @@ def configure_sqlite(connection, record):
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.create_function("fold_case", 1, fold_case, deterministic=True)
+    connection.create_function("octet_length", 1, octet_length, deterministic=True)
 
 
 def begin_immediate(connection):

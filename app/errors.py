@@ -69,12 +69,17 @@ def to_http_exception(error):
         return NotFound("Conversation not found")
     if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
         current_app.logger.error("%s (%s)", message, " ".join(str(getattr(error, "orig", error)).split()))
-        return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
+        return database_unavailable()
     if isinstance(error, exc.SQLAlchemyError):
         current_app.logger.error("Exception in a request: %s", format_traceback(error))
     else:
         current_app.logger.error("Exception in a request", exc_info=error)
     return InternalServerError()
+
+
+def database_unavailable():
+    """Return the HTTPException of a request that the database cannot answer now."""
+    return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
 
 
 def bot_exception(error):

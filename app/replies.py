@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, Se
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
-from app.errors import DATABASE_UNAVAILABLE
+from app.errors import DATABASE_UNAVAILABLE, database_unavailable
 from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
@@ -98,7 +98,7 @@ class Reply:
         """Wait until the end of the reply is stored. Raises the reply's error if the reply was deleted."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
-                raise ServiceUnavailable("The database is unavailable, try again later", retry_after=2)
+                raise database_unavailable()
             if self.is_deleted:
                 raise self.error or NotFound("Conversation not found")
 

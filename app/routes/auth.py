@@ -8,11 +8,10 @@ from orjson import Fragment
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
-from werkzeug.exceptions import ServiceUnavailable
 
 from app import db, login_manager
 from app.database import SAFE_METHODS, DatabaseQuery, autocommit
-from app.errors import RETRY_AFTER
+from app.errors import database_unavailable
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import (
@@ -72,7 +71,7 @@ def health():
     query.start()
     query.join(HEALTH_TIMEOUT)
     if not query.is_answered:
-        raise ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
+        raise database_unavailable()
     return {"status": "ok"}
 
 
