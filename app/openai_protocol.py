@@ -15,6 +15,7 @@ MAX_LINE_BYTES = 2_000_000
 MAX_RESPONSE_BYTES = 64_000_000
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
+KIND_STATUSES = {200, 500, 502}  # which do not tell that the model is busy
 BUSY_KIND = re.compile(r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl", re.IGNORECASE)
 CONTEXT_STATUSES = {200, 400, 413, 422, 500}
 CONTEXT_EXCEEDED = re.compile(
@@ -113,7 +114,7 @@ def iter_events(blocks):
         elif not line and event:
             yield b"\n".join(event)
             event = []
-        elif line.lstrip().startswith(b"{"):  # the server ignored "stream": true
+        elif line.lstrip().startswith((b"{", b"[")):  # the server ignored "stream": true
             event = [line, *lines]
     if event:
         yield b"\n".join(event)
@@ -132,12 +133,17 @@ def parse_json(data):
     raise BotError(f"the model sent invalid JSON, {len(data)} bytes")
 
 
+def unwrap(document):
+    """Return the first item of a list, as which some servers send an error, and any other value as it is."""
+    return document[0] if isinstance(document, list) and document else document
+
+
 def parse_chunk(data):
     """Return the Chunk of an event's data, an empty one if there is nothing of a reply in it.
 
     A whole completion, as servers send that cannot stream, is read like a chunk. Raises BotError for an error object.
     """
-    event = parse_json(data or b"null")
+    event = unwrap(parse_json(data or b"null"))
     if event is None:
         return Chunk()
     if not isinstance(event, dict):
@@ -222,7 +228,7 @@ def parse_error(status, body, retry_after=None):
         status = next((int(kind[:3]) for kind in kinds if re.match("[45][0-9][0-9]", kind)), 200)
     shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
     summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
-    is_busy = status in BUSY_STATUSES or (status == 200 and BUSY_KIND.search(" ".join(kinds)))
+    is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY_KIND.search(" ".join(kinds)))
     metadata = fields.get("metadata")
     texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
     words = " ".join([*kinds, *(text for text in texts if isinstance(text, str))])
@@ -234,11 +240,9 @@ def parse_error(status, body, retry_after=None):
 def find_error_fields(body):
     """Return the error object of a response, which servers nest in several ways, as a dict."""
     try:
-        document = parse_json(body)
+        document = unwrap(parse_json(body))
     except BotError:
         document = body.decode("utf-8", "replace")
-    if isinstance(document, list) and document:
-        document = document[0]
     error = document.get("error") or document if isinstance(document, dict) else document
     return error if isinstance(error, dict) else {"message": error}
 

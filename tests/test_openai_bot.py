@@ -394,6 +394,8 @@ ERRORS = [
     (500, CONTEXT_EXCEEDED[-2], BotMessageTooLong, "500,"),
     (200, {"error": {"code": 400, "type": "exceed_context_size_error"}}, BotMessageTooLong, "400 exceed_context_size"),
     (200, {"error": {"code": 503, "message": SECRET}}, BotBusy, "503,"),
+    (200, [{"error": {"code": 429, "message": SECRET}}], BotBusy, "429,"),
+    (500, {"error": {"type": "overloaded_error", "message": SECRET}}, BotBusy, "500 overloaded_error,"),
     (200, {"error": {"code": "rate_limit_exceeded", "message": "token limit"}}, BotBusy, "200 rate_limit_exceeded"),
     (200, {"error": {"code": "1261", "message": f"Prompt exceeds max length {SECRET}"}}, BotMessageTooLong, "200,"),
     (401, {"error": {"message": "context length " + SECRET}}, BotError, "401,"),
