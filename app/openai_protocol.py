@@ -34,7 +34,7 @@ TRUNCATED = {
 BROKEN_OFF = {"error", "abort", "network_error"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 THINK_START, THINK_END = "<think>", "</think>"
-REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
+SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content")  # fields of a chunk without a text
 
 
 class ContextExceeded(BotError):
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
     """A part of a reply."""
 
     text: str = ""
-    has_reasoning: bool = False
+    is_working: bool = False  # without a text: the model is reasoning
     finish_reason: str | None = None
 
 
@@ -73,10 +73,11 @@ class Completion:
             self.is_over = self.is_done = True
             return None
         chunk = parse_chunk(data)
-        is_progress = bool(chunk.text or chunk.has_reasoning)
-        is_end = bool(chunk.finish_reason) and not is_progress
-        self.is_over = is_end and self.has_text and not self.finish_reason
-        self.is_continued = self.is_continued or bool(self.finish_reason and is_progress)
+        is_progress = bool(chunk.text) or chunk.is_working
+        if self.finish_reason:
+            self.is_continued = self.is_continued or is_progress
+        elif chunk.finish_reason:
+            self.is_over = self.has_text and not is_progress
         self.has_text = self.has_text or bool(chunk.text)
         self.finish_reason = chunk.finish_reason or self.finish_reason
         return chunk.text if is_progress else None
@@ -157,17 +158,19 @@ def parse_chunk(data):
         if not isinstance(message, dict):
             return Chunk(finish_reason=finish_reason)
         finish_reason = finish_reason or "stop"
-    text = parse_text(message.get("content")) + parse_text(message.get("refusal"))
-    has_reasoning = any(message.get(name) for name in REASONING_FIELDS)
-    has_other_content = bool(message.get("content")) and not text  # parts that have no text
-    return Chunk(text, has_reasoning or has_other_content, finish_reason)
+    text = parse_text(message.get("content"))
+    if refusal := message.get("refusal"):
+        text += parse_text(refusal)
+    # Content without a text consists of other parts.
+    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason)
 
 
 def find_first_choice(choices):
     """Return the choice whose index is 0 or missing, or {}; more than one is sent only if BOT_OPTIONS asks for it."""
-    if not isinstance(choices, list):
-        return {}
-    return next((item for item in choices if isinstance(item, dict) and item.get("index") in (0, "0", None)), {})
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("index") in (0, "0", None):
+            return choice
+    return {}
 
 
 def parse_text(content):
@@ -184,7 +187,9 @@ def parse_text(content):
 
 def parse_finish_reason(reason):
     """Return a finish reason in lower case and without details, or None while the reply is unfinished."""
-    reason = str(reason or "").lower().partition(":")[0].strip()
+    if not reason:
+        return None
+    reason = str(reason).lower().partition(":")[0].strip()
     return None if reason in UNFINISHED else reason
 
 
