@@ -10,7 +10,7 @@ import ssl
 import time
 import weakref
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socket import SHUT_RDWR
@@ -91,11 +91,13 @@ class ReplyStream:
 
     def _receive(self):
         """Wait for a sign of life and return all text that has arrived."""
-        timeout = FINISH_TIMEOUT if self._completion.is_finished else self._bot.server.timeout
+        completion = self._completion
+        may_finish = completion.is_finished and not completion.may_continue
+        timeout = FINISH_TIMEOUT if may_finish else self._bot.server.timeout
         try:
             items = [self._items.get(timeout=timeout)]
         except Empty:
-            if self._completion.is_finished:
+            if completion.is_finished:
                 self._exchange.abort()  # the thread ends the reply
                 return ""
             self.cancel()
@@ -148,14 +150,23 @@ class ReplyStream:
                     yield text
                 if completion.is_over:
                     break
-        except (OSError, HTTPException):
+        except (OSError, HTTPException, BotError) as error:
             if not completion.is_finished:
-                raise
-        except ContextExceeded:
-            if not completion.has_text:
-                raise
-            completion.finish_reason = "length"
+                if not (isinstance(error, ContextExceeded) and completion.has_text):
+                    raise
+                completion.finish_reason = "length"
         completion.check_end()
+
+
+class Response(HTTPResponse):
+    """A response that skips the informational ones before it, such as 103 Early Hints."""
+
+    def begin(self):
+        """Read the head."""
+        super().begin()
+        while self.status < 200:
+            self.headers = None  # else nothing is read
+            super().begin()
 
 
 class Exchange:
@@ -183,6 +194,7 @@ class Exchange:
 
     def _send(self, connection, body):
         self._connection = connection
+        connection.response_class = Response
         if connection.sock is None:
             connection.connect()
         with self._lock:

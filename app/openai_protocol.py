@@ -57,7 +57,9 @@ class Completion:
         self.has_text = False
         self.is_over = False  # nothing will follow
         self.is_done = False  # `[DONE]` was received
-        self.is_continued = False  # more followed the finish reason: some servers send one with every chunk
+        # Some servers send a finish reason with every chunk.
+        self.is_continued = False  # more followed it
+        self.may_continue = False  # it came with the first text
 
     @property
     def is_finished(self):
@@ -78,6 +80,7 @@ class Completion:
             self.is_continued = self.is_continued or is_progress
         elif chunk.finish_reason:
             self.is_over = self.has_text and not is_progress
+            self.may_continue = not self.has_text
         self.has_text = self.has_text or bool(chunk.text)
         self.finish_reason = chunk.finish_reason or self.finish_reason
         return chunk.text if is_progress else None
@@ -91,27 +94,37 @@ class Completion:
 
 
 def iter_lines(blocks):
-    """Yield the lines of a response without their line ends. Raises BotError if it is too long."""
-    tail, total = b"", 0
+    """Yield the lines of a response without their line ends: CR, LF or both. Raises BotError if it is too long."""
+    tail, total, is_after_cr = b"", 0, False
     for block in blocks:
         total += len(block)
-        *lines, tail = (tail + block).split(b"\n")
+        if is_after_cr:
+            block = block.removeprefix(b"\n")
+        is_after_cr = block.endswith(b"\r")
+        lines = (tail + block).splitlines()
+        tail = lines.pop() if lines and not block.endswith((b"\r", b"\n")) else b""
         if len(tail) > MAX_LINE_BYTES or total > MAX_RESPONSE_BYTES:
             raise BotError("the model's response is too long")
-        for line in lines:
-            yield line.rstrip(b"\r")
+        yield from lines
     if tail:
-        yield tail.rstrip(b"\r")
+        yield tail
 
 
 def iter_events(blocks):
-    """Yield the data of each server-sent event of a response, or its whole body if it is a JSON object."""
+    """Yield the data of each server-sent event of a response, or its whole body if it is a JSON object.
+
+    A line with a whole object is an event: some servers send no blank line after it.
+    """
     lines = iter_lines(blocks)
     event = []
     for line in lines:
         line = line.removeprefix(BYTE_ORDER_MARK)
         if line.startswith(b"data:"):
-            event.append(line[5:].strip())
+            data = line[5:].strip()
+            if not event and (data == b"[DONE]" or (data.startswith(b"{") and data.endswith(b"}"))):
+                yield data
+            else:
+                event.append(data)
         elif not line and event:
             yield b"\n".join(event)
             event = []

@@ -162,6 +162,9 @@ TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking"
         ([b"data: " + RAW + b"\r\n\r\n"], "naïve 🚂"),
         ([b"\xef\xbb\xbfdata: " + RAW + b"\n\n"], "naïve 🚂"),
         ([b'data: {"choices":\ndata: [{"delta": {"content": "Hello"}}]}\n\n'], "Hello"),
+        ([bytes([byte]) for byte in b'data: {"choices":\r\ndata: [{"delta": {"content": "Hello"}}]}\r\n\r\n'], "Hello"),
+        ([event({"choices": [{"delta": {"content": text}}]}).replace(b"\n", b"\r") for text in "Hi"], "Hi"),
+        ([event({"choices": [{"delta": {"content": text}}]}).replace(b"\n\n", b"\n") for text in "Hi"], "Hi"),
         ([b'data: {"choices": [{"delta": {"content": "a\xffb"}}]}\n\n'], "a\ufffdb"),
         ([b'data: {"choices": [{"delta": {"content": "a"}, "logprobs": NaN}]}\n\n'], "a"),
         ([b'data: {"choices": [{"delta": {"content": "a\\ud83d"}}]}\n\n'], "a\ud83d"),
@@ -231,10 +234,12 @@ BUSY = [
         (["Hello"], [chunk({}, "stop"), cut], "Hello", None),
         (["Hello"], [chunk({}, "stop"), end], "Hello", None),
         (["Hello"], [chunk({}, "stop"), stall], "Hello", None),
-        ([], [chunk({"content": "Hello"}, "stop"), stall], "Hello", None),
+        (["Hello"], [chunk({}, "stop"), drip(b"3\r\n:\n\n\r\n")], "Hello", None),
+        (["Hello"], [chunk({}, "length"), drip(b"3\r\n:\n\n\r\n")], "Hello", BotTruncated),
+        (["Hello"], [chunk({}, "stop"), event({"error": {"message": SECRET, "code": 500}})], "Hello", None),
+        (["Hello"], [chunk({}, "stop"), event({"error": {"type": "exceed_context_size_error"}})], "Hello", None),
+        (["Hello"], [chunk({}, "length"), b"data: {]\n\n"], "Hello", BotTruncated),
         ([], [chunk({"content": "Hello"}, "stop"), cut_in_event], "Hello", None),
-        ([], [chunk({"content": "Hello"}, "stop"), drip(b"3\r\n:\n\n\r\n")], "Hello", None),
-        ([], [chunk({"content": "Hello"}, "length"), drip(b"3\r\n:\n\n\r\n")], "Hello", BotTruncated),
         ([chunk({"content": "Hel"}, "stop")], [chunk({"content": "lo"}, "stop"), cut], "Hello", BotError),
         (["Hello"], [event({"choices": [{"index": 0, "content_filter_results": {}}]}), cut], "Hello", BotError),
         ([], [chunk({}, "tool_calls"), DONE], "", None),
@@ -272,9 +277,20 @@ def test_end_of_reply_is_judged_by_all_signs(model, script, ending, text, error)
     assert SECRET not in str(raised)
 
 
-def test_stop_before_a_short_timeout_is_a_whole_reply(model):
-    model.script, model.ending = [], [chunk({"content": "Hello"}, "stop"), stall]
+@pytest.mark.parametrize("rest", [stall, drip(b"3\r\n:\n\n\r\n")])
+def test_stop_with_the_only_text_is_a_whole_reply_after_the_timeout(model, rest):
+    model.script, model.ending = [], [chunk({"content": "Hello"}, "stop"), rest]
     assert ask(model, BOT_TIMEOUT=0.3) == ("Hello", None)
+
+
+def test_stop_with_the_first_text_leaves_time_for_more(model, monkeypatch):
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", 0.05)
+    model.script = [
+        chunk({"content": "Hello"}, "stop"),
+        lambda handler: time.sleep(0.3),
+        chunk({"content": "!"}, "stop"),
+    ]
+    assert ask(model) == ("Hello!", None)
 
 
 @pytest.mark.parametrize("first", [chunk({"role": "assistant"}, "stop"), chunk({"reasoning": "Hm"}, "stop")])
@@ -434,6 +450,14 @@ def test_status_line_that_is_no_http_raises_without_its_words():
 def test_refused_connection_raises():
     text, error = collect(create_bot_for(f"http://127.0.0.1:{find_free_port()}/v1")(HISTORY))
     assert (text, str(error)) == ("", "the connection to the model failed: ConnectionRefusedError")
+
+
+def test_informational_responses_before_the_response_are_skipped(model):
+    def send_early_hints(handler):
+        handler.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+
+    model.script = [send_early_hints, "Hello"]
+    assert ask(model) == ("Hello", None)
 
 
 def test_redirect_is_not_followed(model):
