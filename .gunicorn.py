@@ -1,12 +1,11 @@
 """How gunicorn serves, beyond the settings of config.py: time limits, header limits, JSON errors, a graceful end.
 
-The master reads this file before gevent patches the standard library in each worker, so nothing here imports the app.
+The master process imports the application, whose memory its workers share.
 """
 
 import errno
 import fcntl
 import json
-import logging
 import os
 import ssl
 import sys
@@ -15,6 +14,7 @@ import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 
 import gevent
 from flask.logging import default_handler
@@ -23,6 +23,9 @@ from gunicorn import glogging
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
 from gunicorn.workers.ggevent import GeventWorker
+
+from app.hooks import TIME_FORMAT, JsonFormatter
+from app.schema import upgrade_schema
 
 # Seconds. The first three are totals: a client that sends a byte now and then gains nothing.
 TLS_HANDSHAKE_TIMEOUT = 10
@@ -34,6 +37,9 @@ SEND_CHECK_INTERVAL = 5
 MAX_HEAD_SIZE = 32 * 1024  # bytes of all header fields, as in nginx
 REQUESTS_PER_TURN = 8  # of a connection
 
+wsgi_app = "run:app"
+chdir = str(Path(__file__).parent)
+preload_app = True  # the workers share the application's memory, and start at once
 keepalive = 5  # seconds until the next request
 graceful_timeout = 12  # seconds from SIGTERM until the master kills its workers
 REPLY_MARGIN = 4  # seconds before that at which the replies still in progress are ended and stored
@@ -72,33 +78,14 @@ X-Content-Type-Options: nosniff\r
 """
 
 
-class JsonFormatter(logging.Formatter):
-    """A JSON object in one line for each record of gunicorn's, as app/hooks.py has it for those of the application."""
-
-    default_time_format = "%Y-%m-%dT%H:%M:%S%z"
-    default_msec_format = None
-
-    def format(self, record):
-        fields = {
-            "time": self.formatTime(record),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            "request_id": "-",
-        }
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
-
-
 class Logger(glogging.Logger):
     """Gunicorn's log, in the format that LOG_FORMAT says."""
 
     def setup(self, cfg):
         super().setup(cfg)
-        if os.environ.get("LOG_FORMAT") == "json":
+        if os.environ["LOG_FORMAT"] == "json":
             for handler in [*self.error_log.handlers, *self.access_log.handlers]:
-                handler.setFormatter(JsonFormatter())
+                handler.setFormatter(JsonFormatter(datefmt=TIME_FORMAT))
 
 
 class RequestTimeout(errors.ParseException):
@@ -327,6 +314,11 @@ def format_error_response(status):
 
 logger_class = Logger
 worker_class = Worker
+
+
+def on_starting(server):
+    """Migrate the database before any worker starts."""
+    upgrade_schema(server.app.wsgi())
 
 
 def post_worker_init(worker):

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from functools import cache
+from functools import cache, cached_property
 
 from flask import current_app, request
 from limits.storage import MemoryStorage, storage_from_string
@@ -132,10 +132,14 @@ class FallbackLimiter:
 
     def __init__(self, url):
         self.url = url
-        self.local = MovingWindowRateLimiter(MemoryStorage())
-        self.shared = self.local if url.startswith("memory:") else None
+        self.shared = None  # until the first call
         self.retry_at = None  # by time.monotonic(); None while the storage works
         self.logged_at = -math.inf
+
+    @cached_property
+    def local(self):
+        """The limiter that counts in this process. It starts a thread, which would not survive gunicorn's fork."""
+        return MovingWindowRateLimiter(MemoryStorage())
 
     def call(self, method, limit, *key):
         """Call a method of MovingWindowRateLimiter on the limiter that counts at present."""
@@ -144,7 +148,7 @@ class FallbackLimiter:
         try:
             if self.retry_at:
                 self.postpone_retry()  # other calls do not wait for this one
-            self.shared = self.shared or create_limiter(self.url)
+            self.shared = self.shared or self.create_shared()
             result = method(self.shared, limit, *key)
             self.retry_at = None
             return result
@@ -152,6 +156,10 @@ class FallbackLimiter:
             self.postpone_retry()
             self.log_failure(error.__cause__ or error)
             return method(self.local, limit, *key)
+
+    def create_shared(self):
+        """Return the limiter that counts in the storage."""
+        return self.local if self.url.startswith("memory:") else create_limiter(self.url)
 
     def postpone_retry(self):
         """Count in this process for some seconds."""
