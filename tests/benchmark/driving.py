@@ -215,12 +215,14 @@ def wrk(port, seconds, paths, cookie=None, body=None, etag=None):
     return float(rate[1])
 
 
-def milliseconds(client, method, path, body=None):
-    """Return how long one answer takes, read to its end; it must be a good one."""
+def milliseconds(client, method, path, body=None, **headers):
+    """Return how long one answer takes, read to its end; it must be a good one, 304 with If_None_Match."""
     began = time.perf_counter()
-    answer = client.request(method, path, body)
+    answer = client.request(method, path, body, **headers)
     taken = (time.perf_counter() - began) * 1000
-    assert answer.status < 300, f"{method} {path}: {answer.status} {answer.body[:200]}"
+    assert answer.status == 304 if headers else answer.status < 300, (
+        f"{method} {path}: {answer.status} {answer.body[:200]}"
+    )
     return taken
 
 

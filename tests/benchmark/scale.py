@@ -45,6 +45,23 @@ class Side:
         """List all conversations on a page."""
         return milliseconds(self.reader, "GET", f"{LIST}?limit=100")
 
+    def list_recent(self):
+        """List all conversations by last activity, without their messages."""
+        return milliseconds(self.reader, "GET", f"{LIST}?order=recent&limit=100&messages=0")
+
+    def list_unchanged(self):
+        """Ask for a page that has not changed, which is answered by 304."""
+        etag = self.reader.get(f"{LIST}?limit=100").headers["ETag"]
+        return milliseconds(self.reader, "GET", f"{LIST}?limit=100", If_None_Match=etag)
+
+    def search(self):
+        """Search the reader's messages for a word that none of them has."""
+        return milliseconds(self.reader, "GET", "/api/messages?q=engine")
+
+    def search_conversations(self):
+        """Search the conversations for such a word."""
+        return milliseconds(self.reader, "GET", f"{LIST}?q=engine&limit=100")
+
     def send(self):
         return milliseconds(self.reader, "POST", f"{LIST}/7/messages", {"text": "Hello there, what do you make of it?"})
 
@@ -68,6 +85,10 @@ def measure(name, messages, rounds):
         few, many = (Side(stack, stack.enter_context(DATABASES[name]()), count) for count in (1000, messages))
         for what, func in (
             ("list 1,000 messages, on a page, ms", Side.list),
+            ("list 50 conversations by last activity, on a page, ms", Side.list_recent),
+            ("list 1,000 messages, unchanged (304), ms", Side.list_unchanged),
+            ("search the messages, nothing found, ms", Side.search),
+            ("search the conversations, nothing found, ms", Side.search_conversations),
             ("send a message, ms", Side.send),
             ("delete a conversation of 20 messages, ms", Side.delete),
             ("who am I, ms", Side.me),
