@@ -47,6 +47,7 @@ class Chunk(NamedTuple):
     text: str = ""
     is_working: bool = False  # without a text: the model is reasoning
     finish_reason: str | None = None
+    is_whole: bool = False  # the text is the whole reply
 
 
 class Completion:
@@ -75,15 +76,16 @@ class Completion:
             self.is_over = self.is_done = True
             return None
         chunk = parse_chunk(data)
-        is_progress = bool(chunk.text) or chunk.is_working
+        text = "" if chunk.is_whole and self.has_text else chunk.text  # some servers repeat the reply at its end
+        is_progress = bool(text) or chunk.is_working
         if self.finish_reason:
             self.is_continued = self.is_continued or is_progress
         elif chunk.finish_reason:
             self.is_over = self.has_text and not is_progress
             self.may_continue = not self.has_text
-        self.has_text = self.has_text or bool(chunk.text)
+        self.has_text = self.has_text or bool(text)
         self.finish_reason = chunk.finish_reason or self.finish_reason
-        return chunk.text if is_progress else None
+        return text if is_progress else None
 
     def check_end(self):
         """Raise BotError or BotTruncated unless the reply is complete."""
@@ -166,7 +168,8 @@ def parse_chunk(data):
         raise parse_error(200, data)
     choice = find_first_choice(event.get("choices"))
     message, finish_reason = choice.get("delta"), parse_finish_reason(choice.get("finish_reason"))
-    if not isinstance(message, dict):
+    is_whole = not isinstance(message, dict)
+    if is_whole:
         message = choice.get("message")
         if not isinstance(message, dict):
             return Chunk(finish_reason=finish_reason)
@@ -175,7 +178,7 @@ def parse_chunk(data):
     if refusal := message.get("refusal"):
         text += parse_text(refusal)
     # Content without a text consists of other parts.
-    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason)
+    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason, is_whole)
 
 
 def find_first_choice(choices):

@@ -175,6 +175,8 @@ TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking"
         ([event({"choices": [SECOND_CHOICE]}), "Yes"], "Yes"),
         ([event({"choices": [SECOND_CHOICE, {"index": "0", "delta": {"content": "Yes"}}]})], "Yes"),
         ([event({"choices": [{"delta": None, "message": {"content": "Yes"}}]})], "Yes"),
+        (["Hello", chunk({"content": "!"}, "stop"), event({"choices": [{"message": {"content": "Hello!"}}]})], "Hello!"),
+        (["Hello", event({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]})], "Hello"),
         ([chunk({"content": {"type": "text", "text": "Hello"}})], "Hello"),
         ([chunk({"content": "Hello"}, ""), chunk({"content": " there"}, "null")], "Hello there"),
         ([chunk({"content": "", "role": "assistant"}, "stop"), chunk({"content": "Hi"}, "stop"), "!"], "Hi!"),
