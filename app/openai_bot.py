@@ -276,7 +276,7 @@ class ModelServer:
         self.target = quote(f"{url.path.rstrip('/')}/chat/completions", safe="/%:@!$&'()*+,;=")
         if url.query:
             self.target += f"?{quote(url.query, safe='/%:@!$&()*+,;=?')}"
-        self.headers = create_headers(api_key)
+        self.headers = create_headers(url, api_key)
         if self._proxy and not self._context:
             self.target = f"http://{url.netloc.rpartition('@')[2]}{self.target}"
             self.headers.update(self._proxy_headers)
@@ -316,16 +316,22 @@ def close_connections(idle_connections):
         connection.close()
 
 
-def create_headers(api_key):
-    """Return the headers of every request."""
-    if not (api_key.isascii() and api_key.isprintable()):
-        raise ValueError("OPENAI_API_KEY must consist of printable ASCII characters")
+def create_headers(url, api_key):
+    """Return the headers of every request; a username in the URL goes before the key."""
     headers = {
         "Accept": "text/event-stream, application/json",
         "Content-Type": "application/json",
         "User-Agent": "ai-chatbot-backend",
     }
+    if url.username is not None:
+        return {**headers, "Authorization": basic_auth(url)}
     return {**headers, "Authorization": f"Bearer {api_key}"} if api_key else headers
+
+
+def basic_auth(url):
+    """Return the credentials of a URL as the value of a header."""
+    credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
+    return f"Basic {base64.b64encode(credentials).decode()}"
 
 
 def find_proxy(url):
@@ -342,10 +348,7 @@ def find_proxy(url):
         is_usable = False
     if not is_usable:
         raise ValueError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
-    if proxy.username is None:
-        return proxy, {}
-    credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
-    return proxy, {"Proxy-Authorization": f"Basic {base64.b64encode(credentials).decode()}"}
+    return proxy, {"Proxy-Authorization": basic_auth(proxy)} if proxy.username is not None else {}
 
 
 def create_ssl_context():

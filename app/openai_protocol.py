@@ -17,21 +17,23 @@ DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
 KIND_STATUSES = {200, 500, 502}  # which do not tell that the model is busy
 BUSY_KIND = re.compile(r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl", re.IGNORECASE)
-CONTEXT_STATUSES = {200, 400, 413, 422, 500}
+CONTEXT_STATUSES = {200, 400, 422, 500}
 CONTEXT_EXCEEDED = re.compile(
-    r"context.?(length|size|window|limit)|context the overflows|(prompt|input) is too long|too large for model"
-    r"|too many tokens|tokens? limit|maximum number of tokens|must have less than \d+ tokens|max_new_tokens"
-    r"|max(imum)?.?(model|prompt|input|seq).?(len|tokens)|exceeds max length|reduce the length|range of input length"
-    r"|prompt token count",
+    r"context.?(length|size|window|limit)|context the overflows|n_keep|(prompt|input) is too long|too large for model"
+    r"|too many tokens(?!, please wait)|tokens? limit|maximum number of tokens|must have less than \d+ tokens"
+    r"|max_new_tokens|max_tokens must be at least 1, got -|max(imum)?.?(model|prompt|input|seq).?(len|tokens)"
+    r"|exceeds max length|reduce the length|input length|(prompt|input) token count|number of input tokens",
     re.IGNORECASE,
 )
+REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)  # for the limit of a minute: no retry succeeds
+ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
 ERROR_KIND = re.compile(r"(?=.{1,40}$)([A-Za-z]+(_[A-Za-z]+)+|[A-Za-z]*(Error|Exception))")
 UNFINISHED = {"", "null", "none"}
 TRUNCATED = {
     *("length", "max_tokens", "model_length", "model_context_window_exceeded", "insufficient_system_resource"),
     *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
 }
-BROKEN_OFF = {"error", "abort", "network_error"}
+BROKEN_OFF = {"error", "error_finish", "abort", "network_error"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 THINK_START, THINK_END = "<think>", "</think>"
 SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content")  # fields of a chunk without a text
@@ -47,6 +49,7 @@ class Chunk(NamedTuple):
     text: str = ""
     is_working: bool = False  # without a text: the model is reasoning
     finish_reason: str | None = None
+    is_whole: bool = False  # the text is the whole reply
 
 
 class Completion:
@@ -75,15 +78,16 @@ class Completion:
             self.is_over = self.is_done = True
             return None
         chunk = parse_chunk(data)
-        is_progress = bool(chunk.text) or chunk.is_working
+        text = "" if chunk.is_whole and self.has_text else chunk.text  # some servers repeat the reply at its end
+        is_progress = bool(text) or chunk.is_working
         if self.finish_reason:
             self.is_continued = self.is_continued or is_progress
         elif chunk.finish_reason:
             self.is_over = self.has_text and not is_progress
             self.may_continue = not self.has_text
-        self.has_text = self.has_text or bool(chunk.text)
+        self.has_text = self.has_text or bool(text)
         self.finish_reason = chunk.finish_reason or self.finish_reason
-        return chunk.text if is_progress else None
+        return text if is_progress else None
 
     def check_end(self):
         """Raise BotError or BotTruncated unless the reply is complete."""
@@ -166,7 +170,8 @@ def parse_chunk(data):
         raise parse_error(200, data)
     choice = find_first_choice(event.get("choices"))
     message, finish_reason = choice.get("delta"), parse_finish_reason(choice.get("finish_reason"))
-    if not isinstance(message, dict):
+    is_whole = not isinstance(message, dict)
+    if is_whole:
         message = choice.get("message")
         if not isinstance(message, dict):
             return Chunk(finish_reason=finish_reason)
@@ -175,7 +180,7 @@ def parse_chunk(data):
     if refusal := message.get("refusal"):
         text += parse_text(refusal)
     # Content without a text consists of other parts.
-    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason)
+    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason, is_whole)
 
 
 def find_first_choice(choices):
@@ -242,15 +247,17 @@ def parse_error(status, body, retry_after=None):
     """Return the BotError for an error response. Its message has the status, kind and length, but no word of it."""
     fields = find_error_fields(body)
     kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
-    if status == 200:
-        status = next((int(kind[:3]) for kind in kinds if re.match("[45][0-9][0-9]", kind)), 200)
-    shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
-    summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
-    is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY_KIND.search(" ".join(kinds)))
     metadata = fields.get("metadata")
     texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
-    words = " ".join([*kinds, *(text for text in texts if isinstance(text, str))])
-    if status == 413 or (status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)):
+    texts = [*kinds, *(text for text in texts if isinstance(text, str))]
+    if status == 200:
+        status = next((int(match[0]) for match in map(ERROR_STATUS.match, texts) if match), 200)
+    shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
+    summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
+    words = " ".join(texts)
+    is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY_KIND.search(" ".join(kinds)))
+    is_exceeded = status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)
+    if status == 413 or is_exceeded or REQUEST_TOO_LARGE.search(words):
         return ContextExceeded(summary)
     return BotBusy(summary, parse_retry_after(retry_after)) if is_busy else BotError(summary)
 
@@ -261,7 +268,9 @@ def find_error_fields(body):
         document = unwrap(parse_json(body))
     except BotError:
         document = body.decode("utf-8", "replace")
-    error = document.get("error") or document if isinstance(document, dict) else document
+    error = document
+    if isinstance(document, dict):
+        error = document.get("error") or unwrap(document.get("errors")) or document
     return error if isinstance(error, dict) else {"message": error}
 
 
