@@ -12,7 +12,7 @@ from threading import Thread
 
 from flask import has_request_context, request
 from flask_sqlalchemy.session import Session as FlaskSession
-from sqlalchemy import BigInteger, DateTime, Integer, MetaData, Text, event, func, literal_column, select, text
+from sqlalchemy import BigInteger, Boolean, DateTime, Integer, MetaData, Text, event, func, literal_column, select, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
@@ -190,6 +190,7 @@ class contains(FunctionElement):
     The time is linear in the length of the column, unlike that of LIKE.
     """
 
+    type = Boolean()
     inherit_cache = True
 
 

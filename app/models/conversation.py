@@ -127,16 +127,16 @@ class Conversation(db.Model):
     @classmethod
     def search_messages(cls, user_id, q, limit, before=None):
         """Return rows of (Message, conversation's name) of the user's messages with a text, the newest first."""
-        matches = (
-            select(Message.id)
+        messages = (
+            select(Message.id, contains(Message.text, fold_case(q)).label("is_match"))
             .join(Message.conversation)
-            .where(cls.user_id == user_id, Message.replaces_id.is_(None), contains(Message.text, fold_case(q)))
+            .where(cls.user_id == user_id, Message.replaces_id.is_(None))
         )
         if before is not None:
-            matches = matches.where(Message.id < before)
-        # To find the newest first, the database might search the messages of all users.
-        matches = matches.cte().prefix_with("MATERIALIZED")
-        page = select(matches.c.id).order_by(matches.c.id.desc()).limit(limit).subquery()
+            messages = messages.where(Message.id < before)
+        # In a condition of the join, or newest first, the database might search the messages of all users.
+        messages = messages.cte().prefix_with("MATERIALIZED")
+        page = select(messages.c.id).where(messages.c.is_match).order_by(messages.c.id.desc()).limit(limit).subquery()
         query = select(Message, cls.name).join(Message.conversation).join(page, page.c.id == Message.id)
         return db.session.execute(query.order_by(Message.id.desc())).all()
 

@@ -38,7 +38,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    server = Server(f"--bind=unix:{folder / 'socket'}", DATABASE_URL=f"sqlite:///{folder / 'chatbot.db'}")
+    server = Server(
+        "--bind=127.0.0.1:0",
+        f"--bind=unix:{folder / 'socket'}",
+        DATABASE_URL=f"sqlite:///{folder / 'chatbot.db'}",
+    )
     yield server
     server.kill()
 
