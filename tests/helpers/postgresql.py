@@ -17,12 +17,15 @@ def find_initdb():
 class PostgreSQLServer:
     """A PostgreSQL server with its data in a folder; as root, it runs as the user postgres.
 
-    With a primary, which must have been started, it is a replica of that.
+    With a primary, which must have been started, it is a replica of that. `source` is the folder of another
+    PostgreSQL than that of the machine.
     """
 
-    def __init__(self, folder, primary=None):
+    def __init__(self, folder, primary=None, source=None):
         self.programs = Path(find_initdb()).parent
         self.folder = folder
+        if source:  # the user postgres may not be able to read the original
+            self.programs = shutil.copytree(source, folder / "postgresql", symlinks=True) / "bin"
         self.user = "postgres" if os.getuid() == 0 else None
         self.port = find_free_port()
         if self.user:
