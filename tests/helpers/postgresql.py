@@ -3,10 +3,12 @@
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.helpers.server import TIMEOUT, find_free_port
+import psycopg
+
+from tests.helpers.server import TIMEOUT, find_free_port, wait_until
 
 
 def find_initdb():
@@ -69,3 +71,38 @@ class PostgreSQLServer:
     def stop(self, mode):
         """Stop the server: `fast` ends its sessions, `immediate` is like a crash."""
         self.run("pg_ctl", "stop", "-w", "-D", self.folder / "data", "-m", mode)
+
+
+@contextmanager
+def run_pgbouncer(postgresql, pool_size):
+    """Run PgBouncer in transaction mode, whose clients share a few connections to a server; yield its URL and pid."""
+    port = find_free_port()
+    config = postgresql.folder / "pgbouncer.ini"
+    config.write_text(f"""
+        [databases]
+        postgres = host=127.0.0.1 port={postgresql.port} user=chat
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = transaction
+        default_pool_size = {pool_size}
+        logfile = {postgresql.folder / "pgbouncer.log"}
+    """)
+    config.chmod(0o644)
+    url = f"postgresql://chat@127.0.0.1:{port}/postgres"
+    process = subprocess.Popen(["pgbouncer", "-q", config], user=postgresql.user, cwd="/")
+    try:
+        wait_until(lambda: can_connect(url))
+        yield url, process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def can_connect(url):
+    """Return whether a PostgreSQL server or PgBouncer accepts connections."""
+    with suppress(psycopg.OperationalError), psycopg.connect(url):
+        return True
+    return False
