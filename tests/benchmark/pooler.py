@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from tests.benchmark.driving import CONNECTIONS, Filler, note, number, project, 
 from tests.helpers.postgresql import PostgreSQLServer, run_pgbouncer
 
 CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
+REPLIES = 15  # that grow at the same time
 LIST = "/api/conversations"
 POOL_SIZE = 4
 TICKS = os.sysconf("SC_CLK_TCK")  # a second of CPU time in /proc
@@ -58,8 +60,23 @@ class Case:
         """Return requests a second, and the milliseconds of CPU of PostgreSQL and of PgBouncer for each."""
         before = self.measure_cpu()
         rate = wrk(self.program.port, seconds, paths, self.reader.cookie, body)
-        spent = [1000 * (now - then) / (rate * seconds) for now, then in zip(self.measure_cpu(), before, strict=True)]
-        return rate, *spent
+        return rate, *self.count_cpu_since(before, rate * seconds)
+
+    def grow(self, seconds):
+        """Return how many replies grow by a word a second, and the milliseconds of CPU for each of these words."""
+        for id in range(1, REPLIES + 1):
+            response = self.reader.send_message(id, f"/slow {seconds + 3}", Prefer="respond-async")
+            assert response.status == 202, response.body
+        time.sleep(1)
+        before = self.measure_cpu()
+        time.sleep(seconds)
+        spent = self.count_cpu_since(before, REPLIES * seconds)
+        time.sleep(4)  # until the replies are over
+        return REPLIES, *spent
+
+    def count_cpu_since(self, before, count):
+        """Return the milliseconds of CPU that each of so many requests took since measure_cpu() was called."""
+        return [1000 * (now - then) / count for now, then in zip(self.measure_cpu(), before, strict=True)]
 
     def measure_cpu(self):
         """Return the seconds of CPU that PostgreSQL and PgBouncer have taken."""
@@ -80,14 +97,15 @@ def measure(rounds, seconds):
     sends = [f"{LIST}/{id}/messages" for id in range(1, CONNECTIONS + 1)]
     with ExitStack() as stack:
         cases = [Case(stack, name) for name in CASES]
-        for what, *request in (
-            ("who am I", ["/api/current_user"]),
-            ("status of 200 users", ["/api/users/status"]),
-            ("the newest 50 messages", [f"{LIST}/{CONVERSATIONS}/messages"]),
-            ("send a message", sends, {"text": "Hello there, what do you make of it?"}),
+        for what, func, *request in (
+            ("who am I", Case.drive, ["/api/current_user"]),
+            ("status of 200 users", Case.drive, ["/api/users/status"]),
+            ("the newest 50 messages", Case.drive, [f"{LIST}/{CONVERSATIONS}/messages"]),
+            ("send a message", Case.drive, sends, {"text": "Hello there, what do you make of it?"}),
+            ("a second of a growing reply", Case.grow),
         ):
             note(what)
-            turns = [[case.drive(seconds, *request) for case in cases] for _ in range(rounds)]
+            turns = [[func(case, seconds, *request) for case in cases] for _ in range(rounds)]
             for name, runs in zip(CASES, zip(*turns, strict=True), strict=True):
                 rate, database, pooler = (median(column) for column in zip(*runs, strict=True))
                 yield what, name, rate, f"{database:.2f}", f"{pooler:.2f}" if pooler else "", number(1000 / database)
