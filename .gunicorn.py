@@ -19,7 +19,7 @@ from pathlib import Path
 import gevent
 from flask.logging import default_handler
 from gevent.socket import wait_write
-from gunicorn import glogging
+from gunicorn import glogging, sock
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
 from gunicorn.workers.ggevent import GeventWorker
@@ -317,8 +317,18 @@ worker_class = Worker
 
 
 def on_starting(server):
-    """Migrate the database before any worker starts."""
+    """Migrate the database before any worker starts, if the certificate can be used."""
+    check_certificate(server.cfg)
     upgrade_schema(server.app.wsgi())
+
+
+def check_certificate(cfg):
+    """Exit with one line if gunicorn is to serve HTTPS and cannot: it would find that out in each worker."""
+    try:
+        if cfg.is_ssl:
+            sock.ssl_context(cfg)
+    except (OSError, TypeError) as error:
+        sys.exit(f"Error: --certfile {cfg.certfile} with --keyfile {cfg.keyfile} cannot be used: {error}")
 
 
 def post_worker_init(worker):

@@ -443,6 +443,8 @@ def load_values():
 def read_env_file(path):
     """Return the values of a .env file as they are written, by name; none if there is no file."""
     try:
+        if path.exists() and not path.is_file():  # to read a pipe or a device may never end
+            raise ConfigError(f"{path} must be a regular file")
         text = path.read_text("utf-8") if os.path.lexists(path) else ""  # a link that leads nowhere is an error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None

@@ -13,7 +13,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from app.database import Base, Session, configure_engine, engine_options, is_conflict
 from config import Config, ConfigError
 
-MAX_CONFLICTS = 5  # of a request with other transactions
+MAX_CONFLICTS = 5  # of a transaction with others
 
 db = SQLAlchemy(model_class=Base, session_options={"class_": Session, "expire_on_commit": False})
 migrate = Migrate(db=db, render_as_batch=True)
@@ -21,19 +21,24 @@ login_manager = LoginManager()
 cors = CORS()
 
 
+def repeat_after_conflict(func, *args):
+    """Call a function, and again if PostgreSQL ends its transaction in favour of another one; return its result."""
+    for _ in range(MAX_CONFLICTS):
+        try:
+            return func(*args)
+        except OperationalError as error:
+            if not is_conflict(error):
+                raise
+            db.session.rollback()
+    return func(*args)
+
+
 class Application(Flask):
-    """A Flask application that repeats a request if PostgreSQL ends its transaction in favour of another one."""
+    """A Flask application whose views are repeated after a conflict with another transaction."""
 
     def dispatch_request(self):
         """Return what the view returns."""
-        for _ in range(MAX_CONFLICTS):
-            try:
-                return super().dispatch_request()
-            except OperationalError as error:
-                if not is_conflict(error):
-                    raise
-                db.session.rollback()
-        return super().dispatch_request()
+        return repeat_after_conflict(super().dispatch_request)
 
 
 class SessionInterface(SecureCookieSessionInterface):

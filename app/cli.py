@@ -8,9 +8,9 @@ import orjson
 from flask.cli import with_appcontext
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from app import db
+from app import db, repeat_after_conflict
 from app.bot import simulated_bot
-from app.errors import database_error_message
+from app.errors import database_error_message, get_reason
 from app.models import Conversation, Message, User
 from app.security import hash_password
 
@@ -87,16 +87,26 @@ def prune(before):
         raise click.BadParameter("must not be in the future", param_hint="--before")
     count = last_id = 0
     try:
-        while ids := Conversation.list_unchanged_ids(before, last_id, PRUNE_BATCH_SIZE):
-            count, last_id = count + Conversation.prune(ids, before), ids[-1]
+        while last_id is not None:
+            last_id, deleted = repeat_after_conflict(prune_batch, before, last_id)
+            count += deleted
             time.sleep(PRUNE_PAUSE)
     except SQLAlchemyError as error:
         raise to_click_exception(error) from error
     click.echo(f"Deleted {count} conversation{'' if count == 1 else 's'}")
 
 
+def prune_batch(before, after_id):
+    """Delete the first conversations above an id that have not changed since a date.
+
+    Returns the id of the last one, or None if there are no more, and how many were deleted.
+    """
+    ids = Conversation.list_unchanged_ids(before, after_id, PRUNE_BATCH_SIZE)
+    return (ids[-1], Conversation.prune(ids, before)) if ids else (None, 0)
+
+
 def to_click_exception(error):
     """Return the error message of the command line for a database error; raise the error if it is a bug."""
     if message := database_error_message(error):
-        return click.ClickException(message)
+        return click.ClickException(f"{message} ({get_reason(error)})")
     raise error

@@ -218,9 +218,9 @@ def engine_options(url, connect_args):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
         return {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
     return {
-        "connect_args": {"connect_timeout": 4, **connect_args},
+        "connect_args": connect_args,
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
-        "pool_timeout": 10,
+        "pool_timeout": 8,  # and CONNECT_TIMEOUT of app/postgresql.py: less than 15 together
         "pool_pre_ping": True,
         "hide_parameters": True,
     }

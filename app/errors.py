@@ -68,7 +68,7 @@ def to_http_exception(error):
     if isinstance(error, StaleDataError):  # another request deleted the conversation just before
         return NotFound("Conversation not found")
     if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
-        current_app.logger.error("%s (%s)", message, " ".join(str(getattr(error, "orig", error)).split()))
+        current_app.logger.error("%s (%s)", message, get_reason(error))
         return database_unavailable()
     if isinstance(error, exc.SQLAlchemyError):
         current_app.logger.error("Exception in a request: %s", format_traceback(error))
@@ -93,11 +93,16 @@ def bot_exception(error):
     return BadGateway("The bot failed to answer")
 
 
+def get_reason(error):
+    """Return what the driver says of a database error, in one line."""
+    return " ".join(str(getattr(error, "orig", error)).split())
+
+
 def database_error_message(error):
-    """Return what the log says of a database that is missing, locked, full, or without tables; None for a bug."""
+    """Return what the log and the commands say of a database that cannot be used; None if the error is a bug."""
     if isinstance(error, exc.DBAPIError) and is_missing_table(error):
         return "The database lacks its tables: run python -m flask db upgrade"
     # A plain DatabaseError is SQLite's for a file that is not a database.
     if isinstance(error, DATABASE_UNAVAILABLE) or type(error) is exc.DatabaseError:
-        return "The database is unavailable"
+        return "The database of DATABASE_URL cannot be used"
     return None

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from socket import SHUT_RDWR
 from threading import Lock, Thread
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import BaseHandler, OpenerDirector, Request, getproxies, proxy_bypass
 
 import orjson
 
@@ -169,6 +169,27 @@ class Response(HTTPResponse):
             super().begin()
 
 
+class ModelRequest(Request):
+    """A request to the model server on an open connection."""
+
+    def __init__(self, server, connection, body):
+        super().__init__(server.url, body, server.headers, method="POST")
+        self.target, self.connection = server.target, connection
+
+
+class ModelHandler(BaseHandler):
+    """Sends a ModelRequest. It belongs to urllib only because OpenTelemetry can instrument that, unlike http.client."""
+
+    def default_open(self, request):
+        """Return the response, of which the head has been read."""
+        request.connection.request(request.get_method(), request.target, request.data, request.headers)
+        return request.connection.getresponse()
+
+
+opener = OpenerDirector()
+opener.add_handler(ModelHandler())
+
+
 class Exchange:
     """A request to the model server and its response, which another thread can abort.
 
@@ -201,8 +222,7 @@ class Exchange:
             self._socket = connection.sock  # the connection forgets it when the server wants to close it
             if self._is_aborted:
                 raise ConnectionAbortedError
-        connection.request("POST", self._server.target, body, self._server.headers)
-        self._response = connection.getresponse()
+        self._response = opener.open(ModelRequest(self._server, connection, body))
         return self._response
 
     def iter_blocks(self):
@@ -276,9 +296,10 @@ class ModelServer:
         self.target = quote(f"{url.path.rstrip('/')}/chat/completions", safe="/%:@!$&'()*+,;=")
         if url.query:
             self.target += f"?{quote(url.query, safe='/%:@!$&()*+,;=?')}"
+        self.url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{self.target}"
         self.headers = create_headers(url, api_key)
         if self._proxy and not self._context:
-            self.target = f"http://{url.netloc.rpartition('@')[2]}{self.target}"
+            self.target = self.url
             self.headers.update(self._proxy_headers)
 
     def create_connection(self):

@@ -1,9 +1,13 @@
 """Connections to PostgreSQL: what is set on them, and how long they wait for the server."""
 
+from threading import Thread
+
 import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy import event
 
+CONNECT_TIMEOUT = 6  # seconds for a new connection, unless connect_timeout in DATABASE_URL is longer
+MIN_ADDRESS_TIMEOUT = 2  # seconds of these for each address; psycopg takes less for this
 PING_TIMEOUT = 3  # seconds for the ping of a connection from the pool
 ANSWER_TIMEOUT = 11  # seconds for a statement: more than the server's own limit, see TIMEOUTS
 # What the program relies on. A pooler such as PgBouncer in transaction mode keeps these for each of its clients.
@@ -34,6 +38,44 @@ def configure_engine(engine):
 
 
 def connect(dialect, record, args, kwargs):
+    """Return a new connection, see open_connection(). Raises OperationalError if it takes too long."""
+    hosts = kwargs.get("host", "").split(",")
+    kwargs = {"connect_timeout": max(CONNECT_TIMEOUT // len(hosts), MIN_ADDRESS_TIMEOUT), **kwargs}
+    attempt = ConnectionAttempt(args, kwargs)
+    attempt.start()
+    return attempt.get_connection(max(CONNECT_TIMEOUT, kwargs["connect_timeout"]))
+
+
+class ConnectionAttempt(Thread):
+    """A connection that is opened while others wait: psycopg's connect_timeout counts for each address again."""
+
+    def __init__(self, args, kwargs):
+        super().__init__(name="connect", daemon=True)
+        self.args, self.kwargs = args, kwargs
+        self.connection = self.error = None
+        self.is_late = False
+
+    def run(self):
+        """Open the connection; close it if nobody waits for it any more."""
+        try:
+            self.connection = open_connection(*self.args, **self.kwargs)
+        except Exception as error:
+            self.error = error
+        if self.is_late and self.connection:
+            self.connection.close()
+
+    def get_connection(self, timeout):
+        """Return the connection within some seconds. Raises why it cannot be opened, or OperationalError."""
+        self.join(timeout)
+        self.is_late = self.is_alive()
+        if self.is_late:
+            raise psycopg.OperationalError(f"no connection within {timeout} s")
+        if self.error:
+            raise self.error
+        return self.connection
+
+
+def open_connection(*args, **kwargs):
     """Return a new connection with SETTINGS, whatever the server's or the role's defaults are.
 
     Raises NotSupportedError if the database cannot hold every character.

@@ -11,7 +11,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
-from app import db
+from app import db, repeat_after_conflict
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
 from app.errors import DATABASE_UNAVAILABLE, database_unavailable
@@ -268,7 +268,7 @@ class ReplyManager:
         """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL."""
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
-            fail_abandoned()
+            repeat_after_conflict(fail_abandoned)
 
     def shutdown(self, timeout):
         """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""

@@ -11,6 +11,7 @@ from flask_migrate import upgrade
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from app import db
+from app.errors import get_reason
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
@@ -53,8 +54,3 @@ def is_schema_newer():
         applied = MigrationContext.configure(connection).get_current_heads()
     revisions = ScriptDirectory(MIGRATIONS).walk_revisions()
     return not {revision.revision for revision in revisions}.issuperset(applied)
-
-
-def get_reason(error):
-    """Return a database driver's error as one line."""
-    return " ".join(str(error.orig).split())

@@ -6,6 +6,8 @@ from flask import current_app
 from sqlalchemy import Table, event, inspect
 from sqlalchemy.exc import DBAPIError
 
+from app.errors import get_reason
+
 db = current_app.extensions["migrate"].db
 options = {
     **current_app.extensions["migrate"].configure_args,
@@ -13,11 +15,6 @@ options = {
     "transactional_ddl": True,
 }
 ADVISORY_LOCK = 0x0C4A7B07  # any number, the same for all servers
-
-
-def one_line(error):
-    """Return what the database says of an error, in one line."""
-    return " ".join(str(error.orig).split())
 
 
 @event.listens_for(Table, "before_create")
@@ -50,7 +47,7 @@ def connect():
     try:
         connection = db.engine.connect()
     except DBAPIError as error:
-        raise CommandError(f"the database of DATABASE_URL cannot be used: {one_line(error)}") from error
+        raise CommandError(f"the database of DATABASE_URL cannot be used: {get_reason(error)}") from error
     if connection.dialect.name == "sqlite":
         # Alembic alters a table by copying it; dropping the old one must not delete the rows that refer to it.
         connection.connection.dbapi_connection.execute("PRAGMA foreign_keys=OFF")
@@ -71,7 +68,7 @@ def migrate(connection):
         restore_last_ids(connection, last_ids)
         connection.commit()
     except DBAPIError as error:
-        raise CommandError(f"a migration failed: {one_line(error)} [{' '.join(error.statement.split())}]") from error
+        raise CommandError(f"a migration failed: {get_reason(error)} [{' '.join(error.statement.split())}]") from error
 
 
 if context.is_offline_mode():

@@ -1,4 +1,4 @@
-"""`flask demo` and `flask users`, and how they report that the database cannot be used."""
+"""`flask demo`, `flask users` and `flask prune`, and how they report that the database cannot be used."""
 
 import os
 import re
@@ -125,24 +125,24 @@ def test_flask_command_has_demo_and_users(database):
 def invoke_on(url, command):
     """Run a command of an application on a database."""
     app = create_app({"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH})
-    result = invoke(app, command)
+    result = invoke(app, *command.split())
     with app.app_context():
         db.engine.dispose()
     return result
 
 
-@pytest.mark.parametrize("command", ["demo", "users"])
+@pytest.mark.parametrize("command", ["demo", "users", "prune --before 2026-01-31"])
 def test_command_without_tables_prints_one_line_that_says_what_to_run(empty_database, command):
     status, lines, [error] = invoke_on(empty_database, command)
     assert (status, lines) == (1, [])
     assert error.startswith("Error: The database lacks its tables: run python -m flask db upgrade")
 
 
-@pytest.mark.parametrize("command", ["demo", "users"])
+@pytest.mark.parametrize("command", ["demo", "users", "prune --before 2026-01-31"])
 def test_command_without_database_server_prints_one_line_without_the_password(command):
     status, lines, [error] = invoke_on(f"postgresql://chat:hidden@127.0.0.1:{find_free_port()}/chat", command)
     assert (status, lines) == (1, [])
-    assert error.startswith("Error: The database is unavailable")
+    assert error.startswith("Error: The database of DATABASE_URL cannot be used (")
     assert "hidden" not in error
 
 

@@ -413,10 +413,14 @@ def test_file_that_is_not_utf8_raises_config_error(env_file, content):
     assert raised.value.message == f"{env_file} must be a text file in UTF-8"
 
 
-def test_unreadable_file_raises_config_error(env_file):
-    env_file.mkdir()
-    with pytest.raises(ConfigError, match=r"\.env cannot be read: Is a directory$"):
+@pytest.mark.parametrize(
+    "create", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "pipe", "device"]
+)
+def test_file_that_is_not_a_regular_one_raises_config_error(env_file, create):
+    create(env_file)
+    with pytest.raises(ConfigError) as raised:
         Config()
+    assert raised.value.message == f"{env_file} must be a regular file"
 
 
 @pytest.mark.parametrize(("target", "reason"), [("missing", "No such file"), (".env", "Too many levels")])

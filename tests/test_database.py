@@ -31,6 +31,7 @@ from app.database import (
     json_object,
 )
 from app.models import Conversation, Message
+from app.replies import ReplyManager
 from tests.conftest import DATABASES, PASSWORD, create_logged_in_client, create_other_client, echo
 from tests.helpers.data import add_conversations, execute
 from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
@@ -359,3 +360,46 @@ def test_request_whose_transaction_is_ended_because_of_a_deadlock_is_repeated(ap
         connection.commit()
     assert deletion.result().status_code == 204
     assert execute(app, "SELECT count(*) FROM conversation") == [(0,)]
+
+
+@on_postgresql
+def test_prune_is_repeated_if_its_transaction_is_ended_because_of_a_deadlock(app, ada, database):
+    first, second = ada.create_conversation(), ada.create_conversation()
+    execute(app, "UPDATE conversation SET updated_at = '2026-01-01'")
+    runner = app.test_cli_runner()
+    with (
+        lock_conversation(database, second) as connection,
+        run_in_background(lambda: runner.invoke(args=["prune", "--before", "2026-01-31"])) as [pruning],
+    ):
+        wait_until_blocked(connection)
+        with suppress(DeadlockDetected):
+            connection.execute(RENAME, [first])
+        connection.commit()
+    assert (pruning.result().exit_code, pruning.result().output) == (0, "Deleted 2 conversations\n")
+    assert ada.list_conversations() == []
+
+
+@on_postgresql
+def test_end_of_abandoned_replies_is_repeated_if_its_transaction_is_ended_because_of_a_deadlock(app, ada, database):
+    ids = [ada.create_conversation() for _ in range(2)]
+    execute(
+        app,
+        "INSERT INTO message (conversation_id, sender, text, status, created_at, heartbeat_at)"
+        " SELECT id, 'bot', '', 'in_progress', '2026-01-01', '2026-01-01' FROM conversation",
+    )
+    replies = ReplyManager(app, echo)
+    with (
+        lock_conversation(database, ids[1]) as connection,
+        run_in_background(partial(end_abandoned, app, replies)) as [end],
+    ):
+        wait_until_blocked(connection)
+        with suppress(DeadlockDetected):
+            connection.execute(RENAME, [ids[0]])
+        connection.commit()
+    end.result()
+    assert execute(app, "SELECT status FROM message") == [("failed",)] * 2
+
+
+def end_abandoned(app, replies):
+    with app.app_context():
+        replies.fail_abandoned()

@@ -123,7 +123,7 @@ def test_unavailable_database_returns_503_and_is_logged_in_one_line(ada, raise_i
         assert (response.status_code, response.json) == (503, DATABASE_UNAVAILABLE), path
         assert int(response.headers["Retry-After"]) > 0
         [error] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-        assert error.startswith("The database is unavailable")
+        assert error.startswith("The database of DATABASE_URL cannot be used (")
         assert "\n" not in error
         assert "secret" not in caplog.text
         assert "Traceback" not in caplog.text

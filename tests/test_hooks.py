@@ -130,6 +130,15 @@ def test_every_line_of_a_request_has_its_request_id(log_app, capsys, log_format,
     assert ids == ["my-id"] * 2
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_line_of_an_unavailable_database_has_the_request_id(log_app, capsys, tmp_path, log_format):
+    client = log_app(LOG_FORMAT=log_format, DATABASE_URL=f"sqlite:///{tmp_path}/empty.db").test_client()
+    assert client.get("/api/users/status", headers={"X-Request-ID": "my-id"}).status_code == 503
+    lines = capsys.readouterr().err.splitlines()
+    assert ["my-id" in line for line in lines] == [True] * 2
+    assert "The database lacks its tables" in lines[0]
+
+
 def test_traceback_in_json_is_a_field_of_one_line(log_app, capsys):
     client = create_logged_in_client(log_app(LOG_FORMAT="json"), "ada")
     client.send_message(client.create_conversation(), "crash")

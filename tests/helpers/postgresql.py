@@ -3,10 +3,12 @@
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.helpers.server import TIMEOUT, find_free_port
+import psycopg
+
+from tests.helpers.server import TIMEOUT, find_free_port, wait_until
 
 
 def find_initdb():
@@ -17,12 +19,15 @@ def find_initdb():
 class PostgreSQLServer:
     """A PostgreSQL server with its data in a folder; as root, it runs as the user postgres.
 
-    With a primary, which must have been started, it is a replica of that.
+    With a primary, which must have been started, it is a replica of that. `source` is the folder of another
+    PostgreSQL than that of the machine.
     """
 
-    def __init__(self, folder, primary=None):
+    def __init__(self, folder, primary=None, source=None):
         self.programs = Path(find_initdb()).parent
         self.folder = folder
+        if source:  # the user postgres may not be able to read the original
+            self.programs = shutil.copytree(source, folder / "postgresql", symlinks=True) / "bin"
         self.user = "postgres" if os.getuid() == 0 else None
         self.port = find_free_port()
         if self.user:
@@ -66,3 +71,38 @@ class PostgreSQLServer:
     def stop(self, mode):
         """Stop the server: `fast` ends its sessions, `immediate` is like a crash."""
         self.run("pg_ctl", "stop", "-w", "-D", self.folder / "data", "-m", mode)
+
+
+@contextmanager
+def run_pgbouncer(postgresql, pool_size):
+    """Run PgBouncer in transaction mode, whose clients share a few connections to a server; yield its URL and pid."""
+    port = find_free_port()
+    config = postgresql.folder / "pgbouncer.ini"
+    config.write_text(f"""
+        [databases]
+        postgres = host=127.0.0.1 port={postgresql.port} user=chat
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = transaction
+        default_pool_size = {pool_size}
+        logfile = {postgresql.folder / "pgbouncer.log"}
+    """)
+    config.chmod(0o644)
+    url = f"postgresql://chat@127.0.0.1:{port}/postgres"
+    process = subprocess.Popen(["pgbouncer", "-q", config], user=postgresql.user, cwd="/")
+    try:
+        wait_until(lambda: can_connect(url))
+        yield url, process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def can_connect(url):
+    """Return whether a PostgreSQL server or PgBouncer accepts connections."""
+    with suppress(psycopg.OperationalError), psycopg.connect(url):
+        return True
+    return False

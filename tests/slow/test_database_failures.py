@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from app import create_app
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
 from tests.helpers.server import (
     PASSWORD,
@@ -252,6 +254,28 @@ def test_silent_postgresql_gives_503_in_time_and_recovers(postgresql):
         assert ada.get("/api/health").status == 200
         assert wait_until(lambda: "status" not in (stored := ada.get(path).json) and stored)["text"].split()[-1] == "8"
         assert "Traceback" not in server.output
+
+
+@pytest.fixture
+def silent_hosts():
+    """Nine addresses that accept connections and never answer, as in a URL."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(9)]
+        yield ",".join(f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
+
+
+def test_several_silent_hosts_give_503_in_time(silent_hosts):
+    client = create_app({"DATABASE_URL": f"postgresql://chat@{silent_hosts}/postgres"}).test_client()
+    seconds, response = measure(client.get, "/api/users/status")
+    record_measurement("seconds until 503", seconds)
+    assert response.status_code == 503
+    assert seconds < MAX_SECONDS
+
+
+def test_host_that_answers_is_used_after_silent_ones(silent_hosts, postgresql):
+    hosts = ",".join([*silent_hosts.split(",")[:2], f"127.0.0.1:{postgresql.port}"])
+    with run_server(f"postgresql://chat@{hosts}/postgres") as server, server.client() as client:
+        assert client.signup("ada").status == 201
 
 
 @pytest.fixture

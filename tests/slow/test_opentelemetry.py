@@ -15,7 +15,8 @@ from tests.helpers.readme import get_block
 from tests.helpers.server import Server, wait_until
 
 pytest.importorskip("opentelemetry.instrumentation.auto_instrumentation", reason="opentelemetry-distro is missing")
-pytest.importorskip("opentelemetry.proto", reason="the OTLP exporter is not installed")
+for package in ("proto", "instrumentation.threading", "instrumentation.urllib"):
+    pytest.importorskip(f"opentelemetry.{package}", reason=f"opentelemetry.{package} is not installed")
 
 SEND = "POST /api/conversations/<id:conversation_id>/messages"
 
@@ -99,6 +100,15 @@ def test_request_and_its_statements_are_spans_of_one_trace_and_requests_are_coun
     assert "INSERT" in {span.name.split()[0] for span in statements}
     wait_until(lambda: "http.server.duration" in collector.metrics)
     assert "MonkeyPatchWarning" not in server.output
+
+
+def test_call_of_the_model_is_a_span_of_the_request_that_sent_the_message(server, collector):
+    send_message(server, "ada")
+    [call] = wait_until(lambda: [span for span in list(collector.spans) if span.name == "POST"])
+    assert call in wait_until(lambda: collector.get_trace(SEND))
+    attributes = {attribute.key: attribute.value for attribute in call.attributes}
+    assert attributes["http.url"].string_value.endswith("/chat/completions")
+    assert attributes["http.status_code"].int_value == 200
 
 
 def test_worker_that_replaces_another_one_sends_spans(server, collector):

@@ -1,14 +1,14 @@
 """The served program on PostgreSQL through PgBouncer in transaction mode."""
 
 import shutil
-import subprocess
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import psycopg
 import pytest
 
 from tests.conftest import CHEAP_HASH
-from tests.helpers.server import Server, find_free_port, run_concurrently, wait_until
+from tests.helpers.postgresql import run_pgbouncer
+from tests.helpers.server import Server, run_concurrently
 
 CLIENTS = 24
 POOL_SIZE = 4
@@ -30,32 +30,8 @@ def pgbouncer(postgresql):
     with psycopg.connect(postgresql.url, autocommit=True) as connection:
         for name, value in ROLE_DEFAULTS.items():
             connection.execute(f"ALTER ROLE chat SET {name} TO '{value}'")
-    port = find_free_port()
-    config = postgresql.folder / "pgbouncer.ini"
-    config.write_text(f"""
-        [databases]
-        postgres = host=127.0.0.1 port={postgresql.port} user=chat
-        [pgbouncer]
-        listen_addr = 127.0.0.1
-        listen_port = {port}
-        unix_socket_dir =
-        auth_type = any
-        pool_mode = transaction
-        default_pool_size = {POOL_SIZE}
-        logfile = {postgresql.folder / "pgbouncer.log"}
-    """)
-    config.chmod(0o644)
-    process = subprocess.Popen(["pgbouncer", "-q", config], user=postgresql.user, cwd="/")
-    url = f"postgresql://chat@127.0.0.1:{port}/postgres"
-    wait_until(lambda: can_connect(url))
-    yield url
-    process.kill()
-    process.wait()
-
-
-def can_connect(url):
-    with suppress(psycopg.OperationalError), psycopg.connect(url):
-        return True
+    with run_pgbouncer(postgresql, POOL_SIZE) as (url, _):
+        yield url
 
 
 @contextmanager

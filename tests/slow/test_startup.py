@@ -183,6 +183,12 @@ def test_run_passes_arguments_to_gunicorn(start):
         ("--unknown", 2, "unrecognized arguments: --unknown"),
         ("--workers=many", 2, "argument -w/--workers"),
         ("--limit-request-fields=-1", 1, "Value must be positive: -1"),
+        ("--worker-class=none", 1, "class uri 'none' invalid or not found"),
+        ("--bind=localhost:http", 1, "'http' is not a valid port number"),
+        ("--certfile=/nowhere", 1, r"Error: --certfile /nowhere with --keyfile None cannot be used: .*No such file"),
+        ("--certfile=/dev/null", 1, r"Error: --certfile /dev/null .+"),
+        ("other:app", 1, "No module named 'other'"),
+        ("--print-config", 0, "control_socket_disable += True"),
     ],
 )
 def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, argument, status, output):
@@ -273,6 +279,20 @@ def test_invalid_setting_stops_the_program_with_one_line(command):
     process = run_python(*command.split(), CORS_ORIGINS="http://a\n*")
     assert process.returncode != 0
     assert re.fullmatch(r"Error: CORS_ORIGINS must .+\n", process.stderr)
+    assert process.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users"])
+@pytest.mark.parametrize(
+    "create",
+    [lambda path: path.write_text("PORT=1", "utf-16"), lambda path: path.write_text('BOT_MODEL="a'), os.mkfifo],
+    ids=["UTF-16", "open quote", "pipe"],
+)
+def test_env_file_that_cannot_be_read_stops_the_program_with_one_line(clone, create, command):
+    create(clone / ".env")
+    process = run_python(*command.split(), cwd=clone, FLASK_SKIP_DOTENV="1")
+    assert process.returncode != 0
+    assert re.fullmatch(rf"Error: {re.escape(str(clone))}/\.env .*must be .+\n", process.stderr)
     assert process.stdout == ""
 
 
