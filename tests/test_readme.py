@@ -38,11 +38,9 @@ def test_usernames_of_readme_and_demo_differ():
     assert not set(names) & set(DEMO)
 
 
-def test_curl_examples_work_when_pasted_one_after_the_other(serve):
-    examples = [get_block("bash", text) for text in ("call $API/signup", "call -N")]
-    # A marker line separates the output of the examples.
-    script = "echo ---\n".join(examples).replace(":5000", f":{serve().port}")
-    requests, end = run_in_bash(script).split("---\n")
+def test_curl_commands_work_when_pasted(serve):
+    example = get_block("bash", "call $API/signup").replace(":5000", f":{serve().port}")
+    requests, end = run_in_bash(example).split("event: start\n")
 
     signup, login, user, status, exchange, renamed, conversations = map(json.loads, requests.splitlines())
     ada = {"id": 1, "user_id": 1, "username": "ada"}
@@ -54,15 +52,20 @@ def test_curl_examples_work_when_pasted_one_after_the_other(serve):
     assert renamed == {"id": 1, "name": "A better name"}
     assert conversations == [{**renamed, "messages": exchange}]
 
-    assert end.startswith("event: start\n")
     assert "event: done\n" in end
     assert end.endswith('\n\n\n{"message":"User 1 logged out successfully"}\n')
 
 
-@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("tsx", "main.tsx")])
+@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("ts", "transport.ts")])
 def test_example_of_a_front_end_is_that_of_the_tested_page(language, name):
-    block = get_block(language, "proxy" if language == "js" else "Chat")
-    assert block in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
+    block = get_block(language, "proxy" if language == "js" else "ChatTransport")
+    assert (ROOT / "tests" / "typescript" / "chat" / name).read_text().endswith(block)
+
+
+def test_hooks_that_the_readme_names_are_those_of_the_tested_pages():
+    for call, name in (("useChat({ chat, resume: true })", "main.tsx"), ("useAISDKRuntime", "assistant-ui.tsx")):
+        assert f"`{call}`" in README
+        assert f"{call}" in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
 
 
 def test_example_of_a_bot_replies_and_is_served_by_the_command(tmp_path):

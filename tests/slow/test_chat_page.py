@@ -1,4 +1,4 @@
-"""A page that uses useChat of the AI SDK behind the development server of Vite, in Chromium."""
+"""Pages that use useChat of the AI SDK, and assistant-ui, behind the development server of Vite, in Chromium."""
 
 import json
 import re
@@ -102,7 +102,8 @@ class ChatPage:
 
     def texts(self):
         """Return the texts of the messages that the page shows."""
-        return [text.removesuffix("Edit").strip() for text in self.page.locator("p[class]").all_text_contents()]
+        texts = self.page.locator(".user, .assistant").all_text_contents()
+        return [text.removesuffix("Edit").strip() for text in texts]
 
     def stored(self):
         """Return the texts and the statuses of the messages in the API."""
@@ -119,13 +120,30 @@ def url(project, server):
 
 
 @pytest.fixture
-def chat(browser, url):
-    chat = ChatPage(browser, url)
-    yield chat
-    chat.context.close()
+def open_page(browser, url):
+    """A function that opens a page of the project by its path."""
+    pages = []
+
+    def open_page(path):
+        pages.append(ChatPage(browser, f"{url}/{path}"))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.context.close()
 
 
-def test_transport_and_page_compile(project):
+@pytest.fixture
+def chat(open_page):
+    return open_page("")
+
+
+@pytest.fixture
+def assistant_ui(open_page):
+    return open_page("assistant-ui.html")
+
+
+def test_transport_and_pages_compile(project):
     run_npm(project, "run", "--silent", "check")
 
 
@@ -238,3 +256,49 @@ def test_reloaded_page_stops_a_reply(chat):
     chat.wait_for_status("streaming")
     chat.click("Stop")
     assert chat.wait_for_stored_status("stopped").startswith("1 2")
+
+
+def test_assistant_ui_sends_messages_and_regenerates_replies(assistant_ui):
+    for text in ("/long 3", "/long 4"):
+        with assistant_ui.expect_reply():
+            assistant_ui.send(text)
+    with assistant_ui.expect_reply("PUT"):
+        assistant_ui.page.get_by_role("button", name="Regenerate").last.click()
+    assert assistant_ui.texts() == ["/long 3", "1 2 3", "/long 4", "1 2 3 4"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_stops_a_reply(assistant_ui):
+    assistant_ui.send("/slow 60")
+    assistant_ui.wait_for(".assistant", "1 2")
+    assistant_ui.click("Stop")
+    assert assistant_ui.wait_for_stored_status("stopped").startswith("1 2")
+
+
+def test_assistant_ui_edits_a_message(assistant_ui):
+    with assistant_ui.expect_reply():
+        assistant_ui.send("/long 3")
+    assistant_ui.click("Edit")
+    assistant_ui.page.get_by_label("New text").fill("/long 5")
+    with assistant_ui.expect_reply("PUT"):
+        assistant_ui.click("Save")
+    assert assistant_ui.texts() == ["/long 5", "1 2 3 4 5"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_resumes_a_reply_after_a_reload(assistant_ui):
+    assistant_ui.send("/slow 6")
+    assistant_ui.wait_for(".assistant", "1 2")
+    with assistant_ui.expect_reply("GET"):
+        assistant_ui.reload()
+    assert assistant_ui.texts() == ["/slow 6", "1 2 3 4 5 6"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_shows_why_a_message_failed_and_sends_it_again(assistant_ui):
+    with assistant_ui.expect_reply(status="error"):
+        assistant_ui.send("/fail")
+    with assistant_ui.expect_reply(status="error"):
+        assistant_ui.click("Regenerate")
+    assert assistant_ui.page.get_by_role("alert").inner_text() == "The bot failed to answer"
+    assert assistant_ui.stored() == []
