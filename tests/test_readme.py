@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from dotenv import dotenv_values
 
 from app.cli import DEMO
-from config import SETTINGS
+from config import SETTINGS, Config
 from tests.helpers.readme import README, get_block
 from tests.helpers.server import ROOT, TIMEOUT
 
@@ -93,6 +94,15 @@ def test_example_of_a_conftest_gives_a_client(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert "1 passed" in result.stdout
+
+
+def test_commands_that_name_a_model_and_a_database_write_valid_settings(tmp_path):
+    script = get_block("bash", "BOT_MODEL=").replace("createdb chat\n", "")
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, timeout=TIMEOUT, check=True)
+    values = dotenv_values(tmp_path / ".env")
+    assert values.keys() == {"BOT_MODEL", "OPENAI_BASE_URL", "DATABASE_URL"}
+    config = Config(values)
+    assert (config.BOT_MODEL, config.OPENAI_BASE_URL) == (values["BOT_MODEL"], values["OPENAI_BASE_URL"])
 
 
 @pytest.mark.parametrize("name", sorted({*re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README)} - {"TEST_DATABASE_URL"}))

@@ -11,10 +11,9 @@ import pytest
 from tests.conftest import on_sqlite
 from tests.helpers.npm import install, needs_npm, run_npm
 from tests.helpers.readme import get_block
-from tests.helpers.server import TIMEOUT, wait_until
+from tests.helpers.server import TIMEOUT, find_listed_port, wait_until
 
 CONFIGURATION = get_block("js", "proxy")
-PORTS = (5173, 5174, 3000, 3001, 4200, 8080)  # which CORS_ORIGINS lists by default
 
 pytestmark = needs_npm
 
@@ -23,14 +22,6 @@ pytestmark = needs_npm
 def project(tmp_path_factory):
     """A copy of tests/typescript/chat with its packages installed."""
     return install("chat", tmp_path_factory.mktemp("chat"))
-
-
-def find_listed_port():
-    """Return a port that development servers use and that is free."""
-    for port in PORTS:
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("the ports of development servers are all in use")
 
 
 @contextmanager
