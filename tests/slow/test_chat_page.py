@@ -141,7 +141,7 @@ def test_transport_and_pages_compile(project):
 @pytest.mark.parametrize("change_origin", [False, True])
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_page_behind_the_proxy_streams_a_reply(project, server, browser, host, change_origin):
-    proxy = {"/api": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
+    proxy = {"/api/": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
     with serve_pages(project, f"export default {{ server: {{ proxy: {json.dumps(proxy)} }} }};", host) as url:
         chat = ChatPage(browser, url)
         chat.send("/slow 4")

@@ -1,7 +1,7 @@
 /** The conversation whose id is in the page's URL; opened without one, the page begins a conversation as a new user. */
 
 import { Chat, type UIMessage } from "@ai-sdk/react";
-import { request } from "./api";
+import { request } from "./replies";
 import { createTransport } from "./transport";
 
 type Message = { id: number; sender: "user" | "bot"; text: string };

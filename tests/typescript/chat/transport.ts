@@ -1,5 +1,5 @@
 import type { ChatTransport, UIMessage } from "ai";
-import { getExchangeInProgress, readChunks, request } from "./api";
+import { getExchangeInProgress, readChunks, request } from "./replies";
 
 export function createTransport(url: string, stored: UIMessage[]): ChatTransport<UIMessage> {
   const ids = new Map(stored.map(({ id }) => [id, id])); // of stored messages: from the id in the chat to the API's
