@@ -15,6 +15,17 @@ from tests.helpers.server import TIMEOUT, find_listed_port, wait_until
 
 CONFIGURATION = get_block("js", "proxy")
 
+LOSE_CONNECTION = """() => {
+  const { fetch } = window;
+  window.fetch = async (...request) => {
+    window.fetch = fetch;
+    let count = 0;
+    const transform = (chunk, controller) =>
+      ++count < 4 ? controller.enqueue(chunk) : controller.error(new TypeError("network error"));
+    return new Response((await fetch(...request)).body.pipeThrough(new TransformStream({ transform })));
+  };
+}"""  # in the middle of the next response
+
 pytestmark = needs_npm
 
 
@@ -238,6 +249,15 @@ def test_reloaded_page_resumes_a_reply(chat):
         chat.reload()
     assert chat.texts() == ["/slow 6", "1 2 3 4 5 6"]
     assert chat.stored() == [(text, None) for text in chat.texts()]
+
+
+def test_page_that_lost_the_connection_resumes_a_reply_when_it_is_shown_again(chat):
+    chat.page.evaluate(LOSE_CONNECTION)
+    chat.send("/slow 6")
+    chat.wait_for_status("error")
+    with chat.expect_reply("GET"):
+        chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    assert chat.texts() == ["/slow 6", "1 2 3 4 5 6"]
 
 
 def test_reloaded_page_stops_a_reply(chat):
