@@ -15,9 +15,11 @@ SWAGGER_UI = files("flask_swagger_ui").joinpath("dist")
 # Swagger UI shows the type of two messages as "array<[object, object], any>": to it, they are an array of messages.
 SCRIPT = """
 const showExchangeAsArray = (updateJsonSpec) => (description) => {
-  const exchange = description.components.schemas.Exchange;
-  exchange.items = exchange.prefixItems[0];
-  delete exchange.prefixItems;
+  const exchange = description.components?.schemas.Exchange;
+  if (exchange) {
+    exchange.items = exchange.prefixItems[0];
+    delete exchange.prefixItems;
+  }
   return updateJsonSpec(description);
 };
 SwaggerUIBundle({
