@@ -35,7 +35,7 @@ class PageHandler(BaseHTTPRequestHandler):
 def start(folder, port):
     """Run the README's first command in a folder; return the process as soon as the program is listening."""
     process = subprocess.Popen(
-        ["bash", "-c", get_block("bash", "run.py")],
+        ["bash", "-c", get_block("bash", ".venv/bin/python run.py")],
         cwd=folder,
         env={**os.environ, "PORT": str(port)},
         stdout=subprocess.PIPE,
