@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app import db, repeat_after_conflict
 from app.bot import simulated_bot
+from app.database import database_now
 from app.errors import database_error_message, get_reason
 from app.models import Conversation, Message, User
 from app.security import hash_password
@@ -27,6 +28,7 @@ DEMO_STATUSES = {
     "A reply that failed": "failed",
     "A reply that was stopped": "stopped",
     "A reply cut short": "truncated",
+    "A reply in progress": "in_progress",  # "failed" after HEARTBEAT_TIMEOUT, as no process generates it
 }
 PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
 PRUNE_PAUSE = 0.05  # seconds between two of them, in which other writers have their turn
@@ -61,6 +63,7 @@ def create_conversation(name, texts, last_status="complete"):
     messages = [Message(sender=sender, text=text, created_at=now) for sender, text in history]
     if messages:
         messages[-1].status = last_status
+        messages[-1].heartbeat_at = database_now() if last_status == "in_progress" else None
     return Conversation(name=name, messages=messages)
 
 

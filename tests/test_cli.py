@@ -58,7 +58,7 @@ def test_demo_adds_users_with_conversations_in_every_status(app):
         senders = [message["sender"] for message in conversation["messages"]]
         assert senders == ["user", "bot"] * (len(senders) // 2)
     statuses = {message.get("status") for conversation in conversations for message in conversation["messages"]}
-    assert statuses == {None, "failed", "stopped", "truncated"}
+    assert statuses == {None, "failed", "stopped", "truncated", "in_progress"}
 
 
 def test_demo_conversation_can_be_continued(app, client):

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from dotenv import dotenv_values
 
 from app.cli import DEMO
-from config import SETTINGS
+from config import SETTINGS, Config
 from tests.helpers.readme import README, get_block
 from tests.helpers.server import ROOT, TIMEOUT
 
@@ -38,11 +39,9 @@ def test_usernames_of_readme_and_demo_differ():
     assert not set(names) & set(DEMO)
 
 
-def test_curl_examples_work_when_pasted_one_after_the_other(serve):
-    examples = [get_block("bash", text) for text in ("call $API/signup", "call -N")]
-    # A marker line separates the output of the examples.
-    script = "echo ---\n".join(examples).replace(":5000", f":{serve().port}")
-    requests, end = run_in_bash(script).split("---\n")
+def test_curl_commands_work_when_pasted(serve):
+    example = get_block("bash", "call $API/signup").replace(":5000", f":{serve().port}")
+    requests, end = run_in_bash(example).split("event: start\n")
 
     signup, login, user, status, exchange, renamed, conversations = map(json.loads, requests.splitlines())
     ada = {"id": 1, "user_id": 1, "username": "ada"}
@@ -54,15 +53,20 @@ def test_curl_examples_work_when_pasted_one_after_the_other(serve):
     assert renamed == {"id": 1, "name": "A better name"}
     assert conversations == [{**renamed, "messages": exchange}]
 
-    assert end.startswith("event: start\n")
     assert "event: done\n" in end
     assert end.endswith('\n\n\n{"message":"User 1 logged out successfully"}\n')
 
 
-@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("tsx", "main.tsx")])
+@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("ts", "transport.ts")])
 def test_example_of_a_front_end_is_that_of_the_tested_page(language, name):
-    block = get_block(language, "proxy" if language == "js" else "Chat")
-    assert block in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
+    block = get_block(language, "proxy" if language == "js" else "ChatTransport")
+    assert (ROOT / "tests" / "typescript" / "chat" / name).read_text().endswith(block)
+
+
+def test_hooks_that_the_readme_names_are_those_of_the_tested_pages():
+    for call, name in (("useChat({ chat, resume: true })", "main.tsx"), ("useAISDKRuntime", "assistant-ui.tsx")):
+        assert f"`{call}`" in README
+        assert f"{call}" in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
 
 
 def test_example_of_a_bot_replies_and_is_served_by_the_command(tmp_path):
@@ -90,6 +94,15 @@ def test_example_of_a_conftest_gives_a_client(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert "1 passed" in result.stdout
+
+
+def test_commands_that_name_a_model_and_a_database_write_valid_settings(tmp_path):
+    script = get_block("bash", "BOT_MODEL=").replace("createdb chat\n", "")
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, timeout=TIMEOUT, check=True)
+    values = dotenv_values(tmp_path / ".env")
+    assert values.keys() == {"BOT_MODEL", "OPENAI_BASE_URL", "DATABASE_URL"}
+    config = Config(values)
+    assert values == {**values, "BOT_MODEL": config.BOT_MODEL, "OPENAI_BASE_URL": config.OPENAI_BASE_URL}
 
 
 @pytest.mark.parametrize("name", sorted({*re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README)} - {"TEST_DATABASE_URL"}))

@@ -12,8 +12,24 @@ from flask import Blueprint, current_app, redirect, send_from_directory
 from app.responses import conditional_response, hash_version
 
 SWAGGER_UI = files("flask_swagger_ui").joinpath("dist")
+# Swagger UI shows the type of two messages as "array<[object, object], any>": to it, they are an array of messages.
 SCRIPT = """
-SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null});
+const showExchangeAsArray = (updateJsonSpec) => (description) => {
+  const exchange = description.components?.schemas.Exchange;
+  if (exchange) {
+    exchange.items = exchange.prefixItems[0];
+    delete exchange.prefixItems;
+  }
+  return updateJsonSpec(description);
+};
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  validatorUrl: null,
+  defaultModelsExpandDepth: -1,
+  plugins: [{ statePlugins: { spec: { wrapActions: { updateJsonSpec: showExchangeAsArray } } } }],
+});
 """
 STYLE = """
 .response-col_links, .swagger-ui .scheme-container { display: none }

@@ -16,9 +16,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.helpers.model_server import running
 from tests.helpers.readme import get_block
-from tests.helpers.server import ROOT, find_free_port
-
-PAGE_PORT = 8080  # which CORS_ORIGINS lists by default
+from tests.helpers.server import ROOT, TIMEOUT, find_free_port, find_listed_port
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -37,7 +35,7 @@ class PageHandler(BaseHTTPRequestHandler):
 def start(folder, port):
     """Run the README's first command in a folder; return the process as soon as the program is listening."""
     process = subprocess.Popen(
-        ["bash", "-c", get_block("bash", "run.py")],
+        ["bash", "-c", get_block("bash", ".venv/bin/python run.py")],
         cwd=folder,
         env={**os.environ, "PORT": str(port)},
         stdout=subprocess.PIPE,
@@ -51,12 +49,13 @@ def start(folder, port):
     sys.exit("The program did not start")
 
 
-def chat(port):
+def chat(port, page_port):
     """Run the README's example in a page until the answer is stored; return the answer's text."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
-        page.goto(f"http://localhost:{PAGE_PORT}/")
+        page.set_default_timeout(TIMEOUT * 1000)
+        page.goto(f"http://localhost:{page_port}/")
         script = get_block("js", "fetch(").replace(":5000", f":{port}")
         with page.expect_console_message(lambda message: message.text.startswith("stored")) as stored:
             page.evaluate(f"async () => {{ {script} }}")
@@ -67,7 +66,7 @@ def chat(port):
 
 def main():
     """Print the seconds since the beginning after each step."""
-    port, started_at = find_free_port(), time.monotonic()
+    port, page_port, started_at = find_free_port(), find_listed_port(), time.monotonic()
 
     def report(step):
         sys.stdout.write(f"{time.monotonic() - started_at:5.1f} s  {step}\n")
@@ -78,8 +77,8 @@ def main():
         process = start(folder, port)
         report("installed and started")
         try:
-            with running(ThreadingHTTPServer(("127.0.0.1", PAGE_PORT), PageHandler)):
-                answer = chat(port)
+            with running(ThreadingHTTPServer(("127.0.0.1", page_port), PageHandler)):
+                answer = chat(port, page_port)
             report(f"the page shows: {answer}")
         finally:
             os.killpg(process.pid, signal.SIGTERM)

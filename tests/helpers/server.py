@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 60  # seconds that anything may take on a busy machine
+LISTED_PORTS = (5173, 5174, 3000, 3001, 4200, 8080)  # of development servers, in the default of CORS_ORIGINS
 PASSWORD = "correct horse battery staple"
 COOKIE_NAME = "chatbot_session"
 CLIENT_KEEPALIVE = 3  # seconds; the server closes a connection that is idle for 5
@@ -73,6 +74,14 @@ def find_free_port():
     """Return a port of the loopback interface that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+def find_listed_port():
+    """Return a port that is not in use, and whose origin CORS_ORIGINS lists by default."""
+    for port in LISTED_PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError(f"the ports {LISTED_PORTS} are all in use")
 
 
 def connect(port):

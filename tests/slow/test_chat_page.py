@@ -1,4 +1,4 @@
-"""A page that uses useChat of the AI SDK behind the development server of Vite, in Chromium."""
+"""Pages that use useChat of the AI SDK, and assistant-ui, behind the development server of Vite, in Chromium."""
 
 import json
 import re
@@ -11,10 +11,20 @@ import pytest
 from tests.conftest import on_sqlite
 from tests.helpers.npm import install, needs_npm, run_npm
 from tests.helpers.readme import get_block
-from tests.helpers.server import TIMEOUT, wait_until
+from tests.helpers.server import TIMEOUT, find_listed_port, wait_until
 
 CONFIGURATION = get_block("js", "proxy")
-PORTS = (5173, 5174, 3000, 3001, 4200, 8080)  # which CORS_ORIGINS lists by default
+
+LOSE_CONNECTION = """() => {
+  const { fetch } = window;
+  window.fetch = async (...request) => {
+    window.fetch = fetch;
+    let count = 0;
+    const transform = (chunk, controller) =>
+      ++count < 4 ? controller.enqueue(chunk) : controller.error(new TypeError("network error"));
+    return new Response((await fetch(...request)).body.pipeThrough(new TransformStream({ transform })));
+  };
+}"""  # in the middle of the next response
 
 pytestmark = needs_npm
 
@@ -23,14 +33,6 @@ pytestmark = needs_npm
 def project(tmp_path_factory):
     """A copy of tests/typescript/chat with its packages installed."""
     return install("chat", tmp_path_factory.mktemp("chat"))
-
-
-def find_listed_port():
-    """Return a port that development servers use and that is free."""
-    for port in PORTS:
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("the ports of development servers are all in use")
 
 
 @contextmanager
@@ -102,7 +104,8 @@ class ChatPage:
 
     def texts(self):
         """Return the texts of the messages that the page shows."""
-        return [text.removesuffix("Edit").strip() for text in self.page.locator("p[class]").all_text_contents()]
+        texts = self.page.locator(".user, .assistant").all_text_contents()
+        return [text.removesuffix("Edit").strip() for text in texts]
 
     def stored(self):
         """Return the texts and the statuses of the messages in the API."""
@@ -119,20 +122,37 @@ def url(project, server):
 
 
 @pytest.fixture
-def chat(browser, url):
-    chat = ChatPage(browser, url)
-    yield chat
-    chat.context.close()
+def open_page(browser, url):
+    """A function that opens a page of the project by its path."""
+    pages = []
+
+    def open_page(path):
+        pages.append(ChatPage(browser, f"{url}/{path}"))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.context.close()
 
 
-def test_transport_and_page_compile(project):
+@pytest.fixture
+def chat(open_page):
+    return open_page("")
+
+
+@pytest.fixture
+def assistant_ui(open_page):
+    return open_page("assistant-ui.html")
+
+
+def test_transport_and_pages_compile(project):
     run_npm(project, "run", "--silent", "check")
 
 
 @pytest.mark.parametrize("change_origin", [False, True])
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_page_behind_the_proxy_streams_a_reply(project, server, browser, host, change_origin):
-    proxy = {"/api": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
+    proxy = {"/api/": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
     with serve_pages(project, f"export default {{ server: {{ proxy: {json.dumps(proxy)} }} }};", host) as url:
         chat = ChatPage(browser, url)
         chat.send("/slow 4")
@@ -231,6 +251,15 @@ def test_reloaded_page_resumes_a_reply(chat):
     assert chat.stored() == [(text, None) for text in chat.texts()]
 
 
+def test_page_that_lost_the_connection_resumes_a_reply_when_it_is_shown_again(chat):
+    chat.page.evaluate(LOSE_CONNECTION)
+    chat.send("/slow 6")
+    chat.wait_for_status("error")
+    with chat.expect_reply("GET"):
+        chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    assert chat.texts() == ["/slow 6", "1 2 3 4 5 6"]
+
+
 def test_reloaded_page_stops_a_reply(chat):
     chat.send("/slow 60")
     chat.wait_for(".assistant", "1 2")
@@ -238,3 +267,49 @@ def test_reloaded_page_stops_a_reply(chat):
     chat.wait_for_status("streaming")
     chat.click("Stop")
     assert chat.wait_for_stored_status("stopped").startswith("1 2")
+
+
+def test_assistant_ui_sends_messages_and_regenerates_replies(assistant_ui):
+    for text in ("/long 3", "/long 4"):
+        with assistant_ui.expect_reply():
+            assistant_ui.send(text)
+    with assistant_ui.expect_reply("PUT"):
+        assistant_ui.page.get_by_role("button", name="Regenerate").last.click()
+    assert assistant_ui.texts() == ["/long 3", "1 2 3", "/long 4", "1 2 3 4"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_stops_a_reply(assistant_ui):
+    assistant_ui.send("/slow 60")
+    assistant_ui.wait_for(".assistant", "1 2")
+    assistant_ui.click("Stop")
+    assert assistant_ui.wait_for_stored_status("stopped").startswith("1 2")
+
+
+def test_assistant_ui_edits_a_message(assistant_ui):
+    with assistant_ui.expect_reply():
+        assistant_ui.send("/long 3")
+    assistant_ui.click("Edit")
+    assistant_ui.page.get_by_label("New text").fill("/long 5")
+    with assistant_ui.expect_reply("PUT"):
+        assistant_ui.click("Save")
+    assert assistant_ui.texts() == ["/long 5", "1 2 3 4 5"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_resumes_a_reply_after_a_reload(assistant_ui):
+    assistant_ui.send("/slow 6")
+    assistant_ui.wait_for(".assistant", "1 2")
+    with assistant_ui.expect_reply("GET"):
+        assistant_ui.reload()
+    assert assistant_ui.texts() == ["/slow 6", "1 2 3 4 5 6"]
+    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+
+
+def test_assistant_ui_shows_why_a_message_failed_and_sends_it_again(assistant_ui):
+    with assistant_ui.expect_reply(status="error"):
+        assistant_ui.send("/fail")
+    with assistant_ui.expect_reply(status="error"):
+        assistant_ui.click("Regenerate")
+    assert assistant_ui.page.get_by_role("alert").inner_text() == "The bot failed to answer"
+    assert assistant_ui.stored() == []

@@ -100,6 +100,17 @@ def test_docs_page_sends_the_same_message_twice(server, open_docs):
         assert response.value.status == 201
 
 
+def test_docs_page_describes_an_exchange_as_an_array_of_messages(server, open_docs):
+    docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
+    block = docs.page.locator("#operations-messages-sendMessage")
+    block.locator(".opblock-summary-control").click()
+    response = block.locator("tr.response[data-code='201']")
+    response.get_by_role("tab", name="Schema").click()
+    assert "array<object>" in response.inner_text()
+    response.get_by_role("button", name="Expand all").last.click()
+    assert "created_at" in response.inner_text()
+
+
 def test_docs_page_requests_no_other_host(server, open_docs):
     docs = open_docs(f"http://chat.example.com:{server.port}/api/docs")  # at localhost, Swagger UI omits its validator
     assert docs.execute("server", "test")[0] == 200

@@ -1,11 +1,13 @@
-"""The README's example of a page, in Chromium."""
+"""The README's example of a page, in Chromium, and its first command in a clone."""
 
+import subprocess
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.helpers.model_server import running
 from tests.helpers.readme import get_block
-from tests.helpers.server import TIMEOUT, wait_until
+from tests.helpers.server import ROOT, TIMEOUT, wait_until
 
 
 def test_example_of_a_page_sends_a_message_and_follows_the_reply(serve, browser, tmp_path):
@@ -29,3 +31,9 @@ def test_example_of_a_page_sends_a_message_and_follows_the_reply(serve, browser,
         page.close()
     assert question["text"] == "Hello"
     assert "".join(arguments[0] for arguments in logged if len(arguments) == 1) == reply["text"]
+
+
+def test_page_gets_an_answer_from_a_clone_in_which_the_first_command_was_run(browser):
+    command = [sys.executable, "-m", "tests.benchmark.first_answer"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10 * TIMEOUT)
+    assert "the page shows: Hello!" in result.stdout, result.stdout + result.stderr
