@@ -30,6 +30,8 @@ CHEAP_HASH = "pbkdf2:sha256:1"
 SERVER_URL = os.environ.get("TEST_DATABASE_URL")
 needs_postgresql = pytest.mark.skipif(not SERVER_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
 SHARED_SESSIONS = {"SECRET_KEY": "for tests only, of all processes", "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
+RESET_IDS = """SELECT setval(pg_get_serial_sequence(quote_ident(name), 'id'), 1, false)
+               FROM unnest(ARRAY['user', 'conversation', 'message']) AS name"""
 DATABASES = ["sqlite", pytest.param("postgresql", marks=needs_postgresql)]
 on_sqlite, on_postgresql = (pytest.mark.parametrize("database", [each], indirect=True) for each in DATABASES)
 
@@ -149,7 +151,8 @@ def database(request):
         return f"sqlite:///{path}"
     url = request.getfixturevalue("migrated_postgresql")
     with psycopg.connect(url.replace("postgres://", "postgresql://")) as connection:
-        connection.execute('TRUNCATE "user" RESTART IDENTITY CASCADE')
+        connection.execute('DELETE FROM "user"')  # TRUNCATE would take four times as long
+        connection.execute(RESET_IDS)
     return url
 
 
