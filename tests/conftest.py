@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 from flask_migrate import upgrade
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS, Config
@@ -119,10 +120,16 @@ def create_postgresql_database():
     name = f"chat_test_{secrets.token_hex(4)}"
     with psycopg.connect(SERVER_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
         try:
             yield make_url(SERVER_URL).set(database=name).render_as_string(hide_password=False)
         finally:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def skip_fsync(connection, record=None):
+    """Have a connection to SQLite not wait for the disk, as only a loss of power would show."""
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +154,7 @@ def database(request):
     if request.param == "sqlite":
         path = request.getfixturevalue("migrated_sqlite")
         with closing(sqlite3.connect(path)) as connection:
+            skip_fsync(connection)
             connection.executescript("PRAGMA foreign_keys=ON; DELETE FROM user; DELETE FROM sqlite_sequence")
         return f"sqlite:///{path}"
     url = request.getfixturevalue("migrated_postgresql")
@@ -172,6 +180,16 @@ def idle_apps():
     return defaultdict(list)
 
 
+def create_fast_app(config, bot):
+    """Return a new application for Client whose SQLite connections do not wait for the disk."""
+    app = create_app(config, bot=bot)
+    app.test_client_class = Client
+    with app.app_context():
+        if db.engine.dialect.name == "sqlite":
+            event.listen(db.engine, "connect", skip_fsync)
+    return app
+
+
 def reuse_app(app, config, bot):
     """Give an application what create_app() gives to a new one: it counts nothing, and no session is open."""
     app.config["SESSIONS_VALID_FROM"] = Config(config).SESSIONS_VALID_FROM
@@ -188,8 +206,7 @@ def make_app(database, idle_apps):
     def make(bot=None, **settings):
         config = {"DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH, **settings}
         idle = idle_apps[tuple(config.items())] if settings in ({}, SHARED_SESSIONS) else []
-        app = reuse_app(idle.pop(), config, bot) if idle else create_app(config, bot=bot)
-        app.test_client_class = Client
+        app = reuse_app(idle.pop(), config, bot) if idle else create_fast_app(config, bot)
         apps.append((app, idle))
         return app
 
