@@ -137,16 +137,16 @@ def test_page_1000_takes_no_more_work_than_page_100(app, ada, many_rows):
         assert [scans for _, scans, _ in plans[1] if scans] == [], path
 
 
-@pytest.mark.parametrize("path", ["/api/conversations?limit=20&q=nowhere", "/api/messages?q=nowhere"])
-def test_search_reads_messages_of_the_caller_only(app, ada, bob, path):
+def test_search_reads_messages_of_the_caller_only(app, ada, bob):
     add_conversations(app, ada, 20, messages=20)
     add_conversations(app, bob, 600, messages=20)
     execute(app, "ANALYZE")
-    with record_queries(app) as queries:
-        assert ada.get(path).json == []
-    indexes, scans = explain_queries(app, queries[-1:])
-    assert "ix_message_conversation_id_id" in indexes
-    assert [scan for scan, _ in scans if "message" in scan] == []
+    for path in ("/api/conversations?limit=20&q=nowhere", "/api/messages?q=nowhere"):
+        with record_queries(app) as queries:
+            assert ada.get(path).json == []
+        indexes, scans = explain_queries(app, queries[-1:])
+        assert "ix_message_conversation_id_id" in indexes, path
+        assert [scan for scan, _ in scans if "message" in scan] == [], path
 
 
 PATHS = [
