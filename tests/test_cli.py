@@ -112,11 +112,11 @@ def test_users_after_a_restart_shows_who_has_not_logged_out(make_app):
     assert [(line.split()[1], line.split()[-1]) for line in lines] == [("Online", "here"), ("Offline", "gone")]
 
 
-def test_flask_command_has_demo_and_users(database):
+def test_flask_command_has_demo(app, database):
     status, [line], errors = run_flask("demo", url=database)
     assert (status, errors) == (0, [])
     assert line.startswith("Log in as charles")
-    status, lines, errors = run_flask("users", url=database)
+    status, lines, errors = invoke(app, "users")
     assert (status, errors) == (0, [])
     expected = [[str(n), "Offline", "never", name] for n, name in enumerate(("charles", "alan", "barbara"), 1)]
     assert [line.split() for line in lines] == expected

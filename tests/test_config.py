@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,7 @@ from config import SETTINGS, Config, ConfigError
 from tests.helpers.server import ROOT
 
 SECRET_KEY = "0123456789 abcdef#ghijkl$mnopqrs"
-TOMORROW = datetime.now(UTC) + timedelta(days=1)
+FUTURE = datetime(2999, 1, 1, tzinfo=UTC)
 LOCAL_PORTS = (3000, 3001, 4200, 5173, 5174, 8080)
 EXAMPLE_LINES = (ROOT / ".env.example").read_text().splitlines()
 
@@ -234,8 +234,8 @@ INVALID = {
     "TRUSTED_HOSTS": ["*", "*.example.com", "localhost:5000", "http://localhost", "[::1]", ".", "bücher.example", 5],
     "SESSIONS_VALID_FROM": [
         *("now", "1700000000", "2026-01-31", "2026-01-31T12:00:00", "2026-02-30T12:00:00Z"),
-        *("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00", TOMORROW.isoformat()),
-        *(TOMORROW, datetime(2026, 1, 31), 1700000000),
+        *("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00", FUTURE.isoformat()),
+        *(FUTURE, datetime(2026, 1, 31), 1700000000),
     ],
     "SESSION_COOKIE_SECURE": ["1", "yes", "on", "wrong", 1, []],
     "SESSION_COOKIE_SAMESITE": ["lax", "none", "Loose", "None", True],

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from app import db
-from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql, on_sqlite
+from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids
 from tests.helpers.queries import record_queries
 from tests.helpers.server import run_all, run_concurrently
@@ -29,11 +29,8 @@ UNUSUAL_TEXTS = [
         "a\u2028b\u2029c",
     ),
     *('"', "\\", '\\"', "\\u0041", "\\\\n", "'", "''", "%s %(a)s :a ?", "{}", "[]", "null", "0", "</script>", "&lt;"),
+    *("\u0301", "\u00b7", "\u2063x", "❤\ufe0f", "1\ufe0f\u20e3", "｡"),
     *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --"),
-]
-BLANK_TEXTS = [
-    *("", " ", "\t\r\n", "\u00a0\u2003\u3000\u2028", "\x01", "\x7f\x9f", "\u200b\u2060", "\u00ad", "\u202e", "\ufeff"),
-    *("\ufffe", "\ue000", "\u115f\u1160", "\u2800", "\u3164", "\uffa0", " \u200b\u3164 "),
 ]
 
 
@@ -75,6 +72,7 @@ def test_send_message_returns_it_with_the_reply(echo_ada):
     ended_at = datetime.now(UTC)
 
     assert response.status_code == 201
+    assert [list(message) for message in response.json] == [["id", "sender", "text", "created_at"]] * 2
     question, reply = response.json
     assert question == {"id": 1, "sender": "user", "text": "Hello", "created_at": question["created_at"]}
     assert reply == {"id": 2, "sender": "bot", "text": "Hello", "created_at": reply["created_at"]}
@@ -153,18 +151,6 @@ def test_name_or_text_within_bounds_is_accepted(ada, method, path, field, max_le
         assert ada.open(path, method=method, json={field: value}).status_code == status
 
 
-@pytest.mark.parametrize(("method", "path", "field", "max_length", "status"), BOUNDED_FIELDS)
-def test_blank_or_long_name_or_text_returns_400_and_changes_nothing(ada, method, path, field, max_length, status):
-    ada.send_message(ada.create_conversation())
-    before = ada.list_conversations()
-    error = {"error": f"{field} must be 1 to {max_length} characters long and not blank"}
-    for value in (*BLANK_TEXTS, "a" * (max_length + 1)):
-        assert get_answer(ada.open(path, method=method, json={field: value})) == (400, error), value
-    response = ada.open(path, method=method, json={field: "a\0"})
-    assert get_answer(response) == (400, {"error": f"{field} must not contain NUL"})
-    assert ada.list_conversations() == before
-
-
 def test_unusual_names_are_returned_unchanged(ada):
     ids = [ada.create_conversation(name) for name in UNUSUAL_TEXTS]
     assert [conversation["name"] for conversation in ada.list_conversations()] == UNUSUAL_TEXTS
@@ -214,16 +200,6 @@ def test_ids_below_2_63_can_be_used_in_paths(app, ada, id):
     assert ada.stop_reply(id, id).json["id"] == id
     assert ada.get(f"/api/conversations?limit=1&before={id}").json == []
     assert ada.delete(path).status_code == 204
-
-
-@on_sqlite
-def test_invalid_id_in_a_path_returns_404(ada):
-    ada.send_message(ada.create_conversation())
-    for id in ("0", "-1", "01", "1.0", "+1", "%201", "1%00", "¹", "\uff11", "abc", MAX_ID + 1, "9" * 5000):
-        assert ada.get(f"/api/conversations/{id}").status_code == 404, id
-        assert ada.get(f"/api/conversations/1/messages/{id}").status_code == 404, id
-        assert ada.post(f"/api/logout/{id}").status_code == 404, id
-    assert ada.is_logged_in()
 
 
 # Whose they are

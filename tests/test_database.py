@@ -32,13 +32,17 @@ from app.database import (
 )
 from app.models import Conversation, Message
 from app.replies import ReplyManager
-from tests.conftest import DATABASES, PASSWORD, create_logged_in_client, create_other_client, echo
+from tests.conftest import (
+    PASSWORD,
+    create_logged_in_client,
+    create_other_client,
+    echo,
+    on_postgresql,
+    on_sqlite,
+)
 from tests.helpers.data import add_conversations, execute
 from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
-SQLITE, POSTGRESQL = ([value] for value in DATABASES)
-on_sqlite = pytest.mark.parametrize("database", SQLITE, indirect=True)
-on_postgresql = pytest.mark.parametrize("database", POSTGRESQL, indirect=True)
 TIMESTAMPS = [
     datetime(2026, 1, 31, 12, 0, 0, 0, UTC),
     datetime(2026, 12, 31, 23, 59, 59, 999999, UTC),
@@ -173,9 +177,10 @@ def test_contains_ignores_case_and_normal_form(app, text, q, is_found):
 
 
 @on_sqlite
-def test_connections_to_sqlite_are_durable_and_strict_and_do_not_wait(app):
+def test_connections_to_sqlite_are_durable_and_strict_and_do_not_wait(database):
     pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-    with app.app_context(), ExitStack() as stack:
+    with create_app({"DATABASE_URL": database}).app_context(), ExitStack() as stack:
+        stack.callback(db.engine.dispose)
         for connection in [stack.enter_context(autocommit(db.engine).connect()) for _ in range(3)]:
             values = [connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() for pragma in pragmas]
             assert values == ["wal", 2, 1, 0]  # 2 is FULL

@@ -7,11 +7,9 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app import create_app, db
-from tests.conftest import DATABASES
+from tests.conftest import DATABASES, on_sqlite
 from tests.helpers.data import execute
 from tests.helpers.server import ROOT
-
-on_sqlite = pytest.mark.parametrize("database", DATABASES[:1], indirect=True)
 
 TIMESTAMP = "TIMESTAMP WITH TIME ZONE"
 SCHEMA = {

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,7 @@ from app.openai_bot import Exchange
 from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
 from config import ConfigError
 from tests.helpers.model_server import DONE, ModelServer, chunk, cut, cut_in_event, drip, end, event, running, stall
-from tests.helpers.server import ROOT, TIMEOUT, find_free_port, measure, wait_until
+from tests.helpers.server import ROOT, TIMEOUT, find_free_port, measure, run_all, wait_until
 from tests.helpers.tls import create_certificate
 
 HISTORY = [("user", "Hello"), ("bot", "Hello!"), ("user", "How are you?")]
@@ -70,6 +71,24 @@ def collect(chunks):
 def ask(model, history=HISTORY, **overrides):
     """Return the text of a model's reply, and the exception that it ended with or None."""
     return collect(create_model_bot(model, **overrides)(history))
+
+
+def ask_one(script, func, options):
+    with running(ModelServer(**options)) as model:
+        model.script = script
+        return func(model)
+
+
+def ask_each(scripts, func, **options):
+    """Call func(model) with a model server for each script, all at once; return the results by the scripts' names."""
+    results = run_all(*(partial(ask_one, script, func, options) for script in scripts.values()))
+    return dict(zip(scripts, results, strict=True))
+
+
+def shorten(value):
+    """Return an id for a parameter, which is the same in every process."""
+    steps = [getattr(step, "__name__", step) for step in value] if isinstance(value, list) else value
+    return ascii(steps)[:60]
 
 
 # Requests
@@ -196,7 +215,7 @@ TEXT_PARTS = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking"
         (["Hello", "x" * 1_000_000], "Hello" + "x" * 1_000_000),
         ([], ""),
     ],
-    ids=lambda value: ascii(value)[:60],
+    ids=shorten,
 )
 def test_response_is_read_as_clients_do(model, script, text):
     model.script = script
@@ -278,7 +297,7 @@ BUSY = [
         (["Hello"], [b"data: " + b"[" * 100_000 + b"\n\n"], "Hello", BotError),
         (["Hello"], [b"<html>", end], "Hello", BotError),
     ],
-    ids=lambda value: ascii(value)[:60],
+    ids=shorten,
 )
 def test_end_of_reply_is_judged_by_all_signs(model, script, ending, text, error):
     model.script, model.ending = script, ending
@@ -588,13 +607,17 @@ SILENCES = {
 }
 
 
-@pytest.mark.parametrize("silence", SILENCES)
-def test_silence_raises_timeout_and_closes_connection(model, silence):
-    model.script = SILENCES[silence]
-    text, error = ask(model, BOT_TIMEOUT=0.5)
+def wait_for_timeout(model):
+    """Return the text of a reply that a time-out ends, once the connection is closed."""
+    text, error = ask(model, BOT_TIMEOUT=1.5)
     assert type(error) is BotTimeout
-    assert text == ("Hello" if "Hello" in model.script else "")
     assert model.wait_for_hang_up()
+    return text
+
+
+def test_silence_raises_timeout_and_closes_connection():
+    texts = {name: "Hello" if "Hello" in script else "" for name, script in SILENCES.items()}
+    assert ask_each(SILENCES, wait_for_timeout) == texts
 
 
 def test_silence_before_reading_raises_timeout(model):
@@ -610,16 +633,15 @@ def test_unresponsive_server_raises_timeout(scheme):
         assert type(collect(create_bot_for(url, BOT_TIMEOUT=0.5)(HISTORY))[1]) is BotTimeout
 
 
-@pytest.mark.parametrize(
-    "delta",
-    [
-        *({"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"reasoning_details": [{"data": "Hm"}]}, {"content": "x"}),
-        *({"content": [{"type": "thinking"}]}, {"content": "", "reasoning": "Hm"}),
-    ],
-)
-def test_reasoning_and_text_are_signs_of_life(model, delta):
-    model.script = [step for _ in range(7) for step in (chunk(delta), lambda handler: time.sleep(0.2))]
-    assert ask(model, BOT_TIMEOUT=1)[1] is None
+SIGNS_OF_LIFE = [
+    *({"reasoning_content": "Hm"}, {"reasoning": "Hm"}, {"reasoning_details": [{"data": "Hm"}]}, {"content": "x"}),
+    *({"content": [{"type": "thinking"}]}, {"content": "", "reasoning": "Hm"}),
+]
+
+
+def test_reasoning_and_text_are_signs_of_life():
+    scripts = {str(delta): [chunk(delta), lambda handler: time.sleep(0.4)] * 5 for delta in SIGNS_OF_LIFE}
+    assert ask_each(scripts, lambda model: ask(model, BOT_TIMEOUT=1.6)[1]) == dict.fromkeys(scripts)
 
 
 def cancel_while_reading(reply):
@@ -634,13 +656,16 @@ def cancel_while_reading(reply):
     return results[0]
 
 
-@pytest.mark.parametrize("silence", SILENCES)
-def test_cancel_ends_reply_and_closes_connection(model, silence):
-    model.script = SILENCES[silence]
+def cancel_reply(model):
+    """Cancel a reply, which must end without an error, and wait until the connection is closed."""
     reply = create_model_bot(model)(HISTORY)
     wait_until(lambda: model.requests)
     assert cancel_while_reading(reply)[1] is None
     assert model.wait_for_hang_up()
+
+
+def test_cancel_ends_reply_and_closes_connection():
+    ask_each(SILENCES, cancel_reply)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -676,15 +701,14 @@ def test_close_of_unfinished_reply_closes_connection(model):
 
 
 def test_ended_replies_leave_no_thread(model):
-    count = threading.active_count()
+    threads = set(threading.enumerate())
     model.script = ["Hello", stall]
     bot = create_model_bot(model)
     replies = [bot(HISTORY) for _ in range(20)]
     for reply in replies:
         assert next(reply) == "Hello"
         reply.cancel()
-    wait_until(lambda: threading.active_count() - len(model.requests) <= count)
-    wait_until(lambda: threading.active_count() <= count)
+    wait_until(lambda: set(threading.enumerate()) <= threads)
 
 
 GEVENT_PROGRAM = """
@@ -702,42 +726,48 @@ def collect(reply):
         return text, type(error).__name__
     return text, None
 
-config = json.loads(sys.argv[1])
-reply = create_bot(config)([("user", "Hello")])
-reader = gevent.spawn(collect, reply)
-if config["CANCEL"]:
-    gevent.sleep(0.3)
-    reply.cancel()
-print(json.dumps(reader.get(timeout=60)))
+def ask(config):
+    reply = create_bot(config)([("user", "Hello")])
+    reader = gevent.spawn(collect, reply)
+    if config["CANCEL"]:
+        gevent.sleep(0.3)
+        reply.cancel()
+    return reader.get(timeout=60)
+
+replies = [gevent.spawn(ask, config) for config in json.loads(sys.argv[1])]
+print(json.dumps([reply.get() for reply in replies]))
 """
+GEVENT_CASES = {  # script, settings, error
+    "complete": (["word "] * 1000, {}, None),
+    "cancelled before the head": (SILENCES["before the head"], {"CANCEL": True}, None),
+    "cancelled after text": (SILENCES["after text"], {"CANCEL": True}, None),
+    "dripping head": (SILENCES["dripping head"], {"BOT_TIMEOUT": 1}, "BotTimeout"),
+    "empty chunks": (SILENCES["empty chunks"], {"BOT_TIMEOUT": 1}, "BotTimeout"),
+}
 
 
-def ask_with_gevent(url, timeout=TIMEOUT, cancel=False):
-    """Return the text of a reply and the name of its error, read in a process with gevent's monkey patches."""
-    config = {"BOT_MODEL": "tiny", "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "", "BOT_TIMEOUT": timeout}
-    config |= {"BOT_OPTIONS": {}, "BOT_SYSTEM_PROMPT": "", "BOT_HISTORY_CHARS": 1000, "CANCEL": cancel}
-    command = [sys.executable, "-c", GEVENT_PROGRAM, json.dumps(config)]
+def ask_with_gevent(configs):
+    """Return the text of each reply and the name of its error, read in a process with gevent's monkey patches."""
+    command = [sys.executable, "-c", GEVENT_PROGRAM, json.dumps(configs)]
     program = subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT * 2, capture_output=True, text=True)
-    return tuple(json.loads(program.stdout))
+    return json.loads(program.stdout)
 
 
-@pytest.mark.parametrize("silence", ["dripping head", "empty chunks"])
-def test_silence_with_gevent_raises_timeout(model, silence):
-    model.script = SILENCES[silence]
-    assert ask_with_gevent(model.url, timeout=0.5)[1] == "BotTimeout"
-    assert model.wait_for_hang_up()
-
-
-@pytest.mark.parametrize("silence", ["before the head", "after text"])
-def test_cancel_with_gevent_ends_reply(model, silence):
-    model.script = SILENCES[silence]
-    assert ask_with_gevent(model.url, cancel=True)[1] is None
-    assert model.wait_for_hang_up()
-
-
-def test_reply_with_gevent_is_complete(model):
-    model.script = ["word "] * 1000
-    assert ask_with_gevent(model.url) == ("word " * 1000, None)
+def test_replies_with_gevent_end_as_with_threads():
+    scripts, settings, errors = zip(*GEVENT_CASES.values(), strict=True)
+    defaults = {"BOT_MODEL": "tiny", "OPENAI_API_KEY": "", "BOT_OPTIONS": {}, "BOT_SYSTEM_PROMPT": ""}
+    defaults |= {"BOT_HISTORY_CHARS": 1000, "BOT_TIMEOUT": TIMEOUT, "CANCEL": False}
+    with ExitStack() as stack:
+        models = [stack.enter_context(running(ModelServer())) for _ in GEVENT_CASES]
+        for model, script in zip(models, scripts, strict=True):
+            model.script = script
+        urls = [{"OPENAI_BASE_URL": model.url} for model in models]
+        results = ask_with_gevent([{**defaults, **url, **own} for url, own in zip(urls, settings, strict=True)])
+        assert dict(zip(GEVENT_CASES, (error for _, error in results), strict=True)) == dict(
+            zip(GEVENT_CASES, errors, strict=True)
+        )
+        assert results[0][0] == "word " * 1000
+        assert all(model.wait_for_hang_up() for model in models[1:])
 
 
 def test_text_is_yielded_as_it_arrives(model):
@@ -761,12 +791,14 @@ def certificate(tmp_path, monkeypatch):
     return path
 
 
-@contextmanager
-def tls_model(certificate, **options):
+def create_server_context(certificate):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    with running(ModelServer(context, **options)) as server:
-        yield server
+    return context
+
+
+def tls_model(certificate, **options):
+    return running(ModelServer(create_server_context(certificate), **options))
 
 
 def test_https_with_trusted_certificate_returns_reply(certificate):
@@ -784,16 +816,10 @@ def test_https_with_unknown_certificate_raises(certificate, monkeypatch):
         assert str(ask(model)[1]) == "the connection to the model failed: SSLCertVerificationError"
 
 
-@pytest.mark.parametrize("silence", ["before the head", "dripping head", "after text"])
-def test_https_silence_and_cancel_end_reply(certificate, silence):
-    with tls_model(certificate) as model:
-        model.script = SILENCES[silence]
-        assert type(ask(model, BOT_TIMEOUT=2)[1]) is BotTimeout
-        assert model.wait_for_hang_up()
-        reply = create_model_bot(model)(HISTORY)
-        wait_until(lambda: len(model.requests) == 2)
-        assert cancel_while_reading(reply)[1] is None
-        assert model.wait_for_hang_up()
+@pytest.mark.parametrize("end_reply", [wait_for_timeout, cancel_reply])
+def test_https_silence_and_cancel_end_reply(certificate, end_reply):
+    silences = {name: SILENCES[name] for name in ("before the head", "dripping head", "after text")}
+    ask_each(silences, end_reply, tls_context=create_server_context(certificate))
 
 
 def test_proxy_of_environment_is_used_for_http(model, monkeypatch):

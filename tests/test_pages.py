@@ -9,7 +9,6 @@ import pytest
 from tests.conftest import create_logged_in_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_items, get_next_url, read_pages
 
-ORIGIN = "http://localhost:3000"
 MAX_ID = 2**63 - 1
 
 
@@ -135,13 +134,6 @@ def test_link_is_relative_whatever_the_host_and_the_prefix_are(make_app, host):
         assert re.fullmatch(r'<\?limit=1&(before|after)=\d+>; rel="next"', response.headers["Link"]), path
 
 
-def test_page_of_an_allowed_origin_may_read_link_and_etag(app, ada):
-    add_conversations(app, ada, 2)
-    response = ada.get("/api/conversations?limit=1", headers={"Origin": ORIGIN})
-    assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
-    assert {"Link", "ETag"} <= set(response.headers["Access-Control-Expose-Headers"].split(", "))
-
-
 # One conversation, its messages
 
 
@@ -222,14 +214,20 @@ NOT_INTEGERS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "others", "name", "minimum", "maximum"), INTEGERS)
-def test_integer_out_of_bounds_returns_400_that_names_it(ada, path, others, name, minimum, maximum):
+@on_sqlite
+def test_integer_out_of_bounds_returns_400_that_names_it(ada):
     ada.create_conversation()
-    error = {"error": f"{name} must be an integer from {minimum} to {maximum}"}
-    for value in (minimum - 1, maximum + 1, *NOT_INTEGERS):
-        assert get_answer(ada.get(path, query_string={**others, name: value})) == (400, error), value
-    for value in (minimum, maximum):
-        assert ada.get(path, query_string={**others, name: value}).status_code == 200
+    for path, others, name, minimum, maximum in INTEGERS:
+        error = {"error": f"{name} must be an integer from {minimum} to {maximum}"}
+        for value in (minimum - 1, maximum + 1, *NOT_INTEGERS):
+            assert get_answer(ada.get(path, query_string={**others, name: value})) == (400, error), (path, value)
+
+
+def test_smallest_and_largest_integers_are_accepted(ada):
+    ada.create_conversation()
+    for path, others, name, minimum, maximum in INTEGERS:
+        for value in (minimum, maximum):
+            assert ada.get(path, query_string={**others, name: value}).status_code == 200, (path, name, value)
 
 
 def encode_cursor(text):

@@ -351,17 +351,18 @@ def test_follower_that_reads_nothing_slows_nobody(ada, bot, gate, conversation_i
 
 
 def test_client_that_closes_stream_leaves_no_thread_and_no_connection(app, ada, bot, conversation_id):
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     blocked = Gate()
     bot.steps = ["One ", blocked.wait, *["word "] * 1000]
     for _ in range(5):
         with ada.send_message(conversation_id, headers=STREAM, buffered=False) as response:
             assert next(response.iter_encoded())
     blocked.set()
-    wait_until(lambda: threading.active_count() <= threads)
-    with app.app_context():
-        assert db.engine.pool.checkedout() == 0
+    wait_until(lambda: not [message for message in ada.list_messages(conversation_id) if "status" in message])
     assert {message["text"] for message in ada.list_messages(conversation_id)[1::2]} == {"One " + "word " * 1000}
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    with app.app_context():
+        wait_until(lambda: db.engine.pool.checkedout() == 0)
 
 
 def test_head_request_of_events_has_no_body(ada, conversation_id):

@@ -223,7 +223,7 @@ def test_field_out_of_bounds_returns_400_that_names_field_and_rule(unchanged, me
         error = get_error(send_raw(unchanged, method, path, data))
         assert error == f"{field} must be 1 to {max_length} characters long and not blank", value[:5]
     error = get_error(send_raw(unchanged, method, path, json.dumps({**body, field: "a\0b"})))
-    assert error.startswith(f"{field} must not contain ")
+    assert error.startswith(f"{field} must not contain {'' if field == 'username' else 'NUL'}")
 
 
 @pytest.mark.parametrize("endpoint", ["create", "send", "signup"])
@@ -232,15 +232,6 @@ def test_field_with_nothing_visible_returns_400(unchanged, endpoint):
     for value, field in product(BLANK, body):
         response = unchanged.open(path, method=method, json={**body, field: value})
         assert get_error(response).startswith(field), ascii(value)
-
-
-@pytest.mark.parametrize(
-    "character", ["\u0301", "\u00b7", "\u2063x", "👨\u200d👩\u200d👧", "❤\ufe0f", "1\ufe0f\u20e3", "｡"]
-)
-def test_text_with_something_visible_is_stored_as_it_is(ada, character):
-    conversation_id = ada.create_conversation(character)
-    assert ada.list_conversations()[0]["name"] == character
-    assert ada.send_message(conversation_id, character).json[0]["text"] == character
 
 
 @pytest.mark.parametrize("path", USERNAME_ENDPOINTS)
@@ -257,6 +248,7 @@ def test_username_that_could_look_like_another_or_is_too_long_after_nfkc_returns
     ("method", "path"),
     [
         ("POST", "/api/logout/{}"),
+        ("GET", "/api/conversations/{}"),
         ("GET", f"{CONVERSATION}/messages/{{}}"),
         ("PUT", f"{CONVERSATION}/messages/{{}}"),
         ("GET", f"{CONVERSATION}/messages/{{}}/events"),
@@ -268,12 +260,6 @@ def test_invalid_id_returns_404(unchanged, method, path):
     for id in INVALID_IDS:
         response = unchanged.open(path.format(id), method=method, json=body)
         assert (response.status_code, list(response.json)) == (404, ["error"]), id
-
-
-@pytest.mark.parametrize("id", [10**18, 2**63 - 1])
-def test_largest_ids_are_valid(unchanged, id):
-    assert unchanged.post(f"/api/logout/{id}").status_code == 403
-    assert unchanged.get(f"{CONVERSATION}/messages/{id}").json == {"error": "Message not found"}
 
 
 # Anything
