@@ -35,6 +35,8 @@ STYLE = """
 .response-col_links, .swagger-ui .scheme-container { display: none }
 @media (max-width: 640px) {
   .swagger-ui .parameters thead { display: none }
+  .swagger-ui .parameters tbody { display: flex; flex-direction: column }
+  .swagger-ui .parameters tr:has(.required) { order: -1 }
   .swagger-ui .parameters tr, .swagger-ui .parameters td { display: block; width: auto }
   .swagger-ui .parameters td { padding: 5px 0 }
   .swagger-ui .wrapper { padding: 0 10px }

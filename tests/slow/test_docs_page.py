@@ -100,6 +100,15 @@ def test_docs_page_sends_the_same_message_twice(server, open_docs):
         assert response.value.status == 201
 
 
+def test_docs_page_begins_with_the_required_parameters_at_phone_width(server, open_docs):
+    docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
+    block = docs.page.locator("#operations-messages-sendMessage")
+    block.locator(".opblock-summary-control").click()
+    block.locator(".parameter__name").first.wait_for()
+    names = sorted(block.locator(".parameter__name").all(), key=lambda name: name.bounding_box()["y"])
+    assert [name.inner_text().split()[0] for name in names][:3] == ["conversation_id", "Idempotency-Key", "Prefer"]
+
+
 def test_docs_page_describes_an_exchange_as_an_array_of_messages(server, open_docs):
     docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
     block = docs.page.locator("#operations-messages-sendMessage")

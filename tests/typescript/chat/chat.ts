@@ -24,4 +24,5 @@ if (!location.hash) {
 
 const url = `/api/conversations/${location.hash.slice(1)}`;
 const messages: UIMessage[] = (await (await request(url)).json()).messages.map(toUIMessage);
+// The chat does not belong to a component: one that is unmounted would stop the reply.
 export const chat = new Chat({ messages, transport: createTransport(`${url}/messages`, messages) });
