@@ -34,7 +34,7 @@ def postgresql_18(create_postgresql, tmp_path):
 
 
 def test_tests_of_postgresql_pass_on_postgresql_18(postgresql_18):
-    options = ["-q", "-p", "no:cacheprovider", "-k", f"postgresql and not {OTHER_UNICODE}"]
+    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", f"postgresql and not {OTHER_UNICODE}"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in MODULES)],
         cwd=ROOT,
