@@ -5,6 +5,7 @@ import ipaddress
 import math
 import os
 import re
+import sys
 import threading
 import time
 from functools import cache
@@ -25,6 +26,7 @@ THREADS = os.cpu_count() or 1
 # A hash of the default cost takes about half a second, so the last in the queue waits for about five.
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
+NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
 STORAGE_LOG_INTERVAL = 60  # seconds
@@ -71,9 +73,17 @@ def run_in_threadpool(func, *args):
     if not hash_slots.acquire(blocking=False):
         raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
     try:
-        return get_threadpool(os.getpid()).apply(func, args)
+        return get_threadpool(os.getpid()).apply(call_with_low_priority, (func, *args))
     finally:
         hash_slots.release()
+
+
+def call_with_low_priority(func, *args):
+    """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
+    if sys.platform == "linux":
+        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+    return func(*args)
 
 
 @cache

@@ -70,6 +70,7 @@ GEVENT_SETUP = f"""
 from gevent import monkey
 monkey.patch_all()
 import os
+import threading
 import gevent
 from flask import Flask
 from werkzeug.exceptions import ServiceUnavailable
@@ -251,6 +252,18 @@ print(run_in_threadpool(str, "finished"))
     assert 0 < int(refused) < os.cpu_count() * 100
     assert error == "503 The server is busy, try again later 5"
     assert after == "finished"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own only on Linux")
+def test_run_in_threadpool_leaves_the_processor_to_the_event_loop():
+    before, in_thread, after = run_gevent("""
+def get_niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+print(get_niceness(), run_in_threadpool(get_niceness), get_niceness(), sep="\\n")
+""")
+    assert int(in_thread) == min(int(before) + 10, 19)
+    assert after == before
 
 
 def test_run_in_threadpool_works_in_a_forked_process():
