@@ -7,11 +7,11 @@ from bisect import bisect_left, bisect_right
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, select
+from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, func, select
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, partial_index
+from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, octet_length, partial_index
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -74,18 +74,27 @@ class Message(db.Model):
     def select_page(cls, conversation_id, limit=None, before=None):
         """Select the id and the `json` of a conversation's messages, oldest first.
 
-        With a limit these are the newest messages, of ids below `before`, with the column of limit_size().
+        With a limit these are the newest messages, of ids below `before`, as far as a page may have them.
         """
-        query = select(cls.id, cls.json().label("json")).where(
-            cls.conversation_id == conversation_id, cls.replaces_id.is_(None)
-        )
-        query = query.correlate_except(cls)  # conversation_id may be a column of an outer query
+        query = cls.select_ids(conversation_id, before).add_columns(cls.json().label("json")).order_by(cls.id)
+        if limit is None:
+            return query
+        newest = cls.select_newest(conversation_id, limit, before).subquery()
+        return query.where(cls.id >= select(func.min(newest.c.id)).scalar_subquery())
+
+    @classmethod
+    def select_newest(cls, conversation_id, limit, before=None):
+        """Select the ids and the sizes in bytes of a conversation's newest messages, as far as a page may have them."""
+        query = cls.select_ids(conversation_id, before).add_columns(octet_length(cls.text).label("size"))
+        return limit_size(query.order_by(cls.id.desc()).limit(limit))
+
+    @classmethod
+    def select_ids(cls, conversation_id, before=None):
+        """Select the ids below `before` of a conversation's messages."""
+        query = select(cls.id).where(cls.conversation_id == conversation_id, cls.replaces_id.is_(None))
         if before is not None:
             query = query.where(cls.id < before)
-        if limit is None:
-            return query.order_by(cls.id)
-        newest = limit_size(query.order_by(cls.id.desc()).limit(limit), "json", "id").subquery()
-        return select(newest).order_by(newest.c.id)
+        return query.correlate_except(cls)  # conversation_id may be a column of an outer query
 
     @classmethod
     def get(cls, conversation_id, id):
