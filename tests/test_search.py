@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.security import run_search
+from app.security import run_long_query
 from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
 
@@ -228,7 +228,7 @@ def test_search_for_text_that_is_not_utf_8_finds_nothing(ada, path):
 
 @pytest.mark.parametrize("path", ["/api/conversations?q=a", "/api/conversations?q=a&limit=1", "/api/messages?q=a"])
 def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path):
-    monkeypatch.setattr("app.security.SEARCH_WAIT", 0.05)
+    monkeypatch.setattr("app.security.LONG_QUERY_WAIT", 0.05)
     other = create_other_client(ada)
 
     def search_again():
@@ -236,7 +236,7 @@ def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path
         assert bob.get(path).status_code == ada.get("/api/conversations").status_code == 200
         return response.status_code, response.json, response.headers["Retry-After"]
 
-    assert run_search(search_again, ada.user_id, in_thread=False) == (
+    assert run_long_query("search", search_again, ada.user_id, in_thread=False) == (
         503,
         {"error": "The server is busy, try again later"},
         "5",
