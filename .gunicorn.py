@@ -138,6 +138,8 @@ class ClientConnection:
         """
         if self.is_ended:
             return b""
+        if not self.is_idle:  # the others have their turn: 1 MiB in chunks of a byte takes more than a second
+            gevent.sleep(EVENT_LOOP_TURN)
         try:
             data = self.receive_before_deadline(size, flags)
         except TimeoutError:

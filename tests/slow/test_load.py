@@ -1,5 +1,6 @@
 """The served program under load: open streams, waiting sends, bursts, and followers that do not read."""
 
+import select
 import socket
 import sqlite3
 import statistics
@@ -14,6 +15,7 @@ from tests.helpers.server import (
     connect,
     format_head,
     measure,
+    receive_all,
     record_measurement,
     run_concurrently,
     run_in_background,
@@ -225,6 +227,22 @@ def test_search_of_long_messages_does_not_stop_others(serve):
         assert (search.result().status, search.result().json) == (200, [])
         record_measurement("requests answered during a search", answers)
         assert answers > 10
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_body_of_many_chunks_does_not_stop_others(serve):
+    server = serve(WEB_CONCURRENCY=1)
+    head = format_head("POST /api/login HTTP/1.1", "Connection: close", "Transfer-Encoding: chunked")
+    with server.client() as other, connect(server.port) as connection:
+        assert other.get("/api/test").status == 200
+        answers = 0
+        with run_in_background(lambda: [connection.sendall(head + b"1\r\na\r\n" * 170_000 + b"0\r\n\r\n")]):
+            while not select.select([connection], [], [], 0)[0]:
+                assert other.get("/api/test").status == 200
+                answers += 1
+        record_measurement("requests answered meanwhile", answers)
+        assert receive_all(connection).startswith(b"HTTP/1.1 415")
+        assert answers > 30
 
 
 def test_client_that_pipelines_leaves_turns_to_new_connections(serve):
