@@ -73,22 +73,23 @@ class Conversation(db.Model):
         return db.session.execute(cls.select_for_user(*filters), {"user_id": user_id, **filters}).all()
 
     @classmethod
-    def count_on_page(cls, user_id, **filters):
-        """Return how many of the first conversations a page has: one, and more if they have MAX_PAGE_BYTES at most.
+    def count_fitting(cls, user_id, **filters):
+        """Return how many of the first conversations have MAX_PAGE_BYTES of newest messages together at most.
 
         SQLite measures the messages of a conversation when its row is fetched, and none of those beyond the page.
         """
         with db.session.execute(cls.select_size(*filters), {"user_id": user_id, **filters}) as sizes:
-            return max(1, sum(1 for _ in takewhile(lambda size: size <= MAX_PAGE_BYTES, accumulate(sizes.scalars()))))
+            return sum(1 for _ in takewhile(lambda size: size <= MAX_PAGE_BYTES, accumulate(sizes.scalars())))
 
     @classmethod
     @cache  # building this statement takes a fifth of the time of a request that lists 1,000 messages
     def select_with_messages(cls, *filters):
         """Select conversations with their messages as JSON: all of them, or the newest if `messages` limits them.
 
-        `filters`: see select_for_user().
+        `filters`: see select_for_user(). With `fits`, all of the newest fit on a page, see Message.select_page().
         """
-        page = Message.select_page(cls.id, limit=bindparam("messages") if "messages" in filters else None).subquery()
+        limit = bindparam("messages") if "messages" in filters else None
+        page = Message.select_page(cls.id, limit, fits="fits" in filters).subquery()
         messages_json = select(json_array(page.c.json)).scalar_subquery()
         return cls.select_for_user(*filters).add_columns(messages_json.label("messages_json"))
 

@@ -71,22 +71,24 @@ class Message(db.Model):
         return case((cls.status == "complete", json_object(**items)), else_=json_object(**items, status=cls.status))
 
     @classmethod
-    def select_page(cls, conversation_id, limit=None, before=None):
+    def select_page(cls, conversation_id, limit=None, before=None, fits=False):
         """Select the id and the `json` of a conversation's messages, oldest first.
 
-        With a limit these are the newest messages, of ids below `before`, as far as a page may have them.
+        With a limit these are the newest messages, of ids below `before`, as far as one page may have them; `fits`
+        says that it may have all of them.
         """
         query = cls.select_ids(conversation_id, before).add_columns(cls.json().label("json")).order_by(cls.id)
         if limit is None:
             return query
-        newest = cls.select_newest(conversation_id, limit, before).subquery()
+        newest = cls.select_newest(conversation_id, limit, before)
+        newest = (newest if fits else limit_size(newest)).subquery()
         return query.where(cls.id >= select(func.min(newest.c.id)).scalar_subquery())
 
     @classmethod
     def select_newest(cls, conversation_id, limit, before=None):
-        """Select the ids and the sizes in bytes of a conversation's newest messages, as far as a page may have them."""
+        """Select the ids and the sizes in bytes of a conversation's newest messages."""
         query = cls.select_ids(conversation_id, before).add_columns(octet_length(cls.text).label("size"))
-        return limit_size(query.order_by(cls.id.desc()).limit(limit))
+        return query.order_by(cls.id.desc()).limit(limit)
 
     @classmethod
     def select_ids(cls, conversation_id, before=None):

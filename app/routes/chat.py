@@ -97,7 +97,10 @@ def list_page(filters):
     etag = get_etag(versions)
     if is_not_modified(etag):
         return conditional_response(None, etag)
-    filters["limit"] = min(limit, Conversation.count_on_page(current_user.id, **filters))
+    if count := Conversation.count_fitting(current_user.id, **filters):
+        filters.update(limit=min(limit, count), fits=True)  # a list of which nothing is cut takes half of the time
+    else:
+        filters["limit"] = 1
     rows = Conversation.list_for_user(current_user.id, **filters)
     has_next_page = rows and len(versions) > filters["limit"]
     next_page = get_next_page(rows[-1], "recent" in filters) if has_next_page else None
