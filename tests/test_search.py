@@ -2,6 +2,8 @@
 
 import pytest
 
+from app.database import fold_case
+from app.models.message import find_text
 from app.security import run_long_query
 from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
@@ -224,6 +226,20 @@ def test_search_for_text_that_is_not_utf_8_finds_nothing(ada, path):
     ada.create_conversation()
     for q in ("%FF", "%C3", "%ED%A0%80", "%F4%90%80%80"):
         assert get_items(ada.get(f"{path}q={q}")) == [], q
+
+
+@pytest.mark.parametrize("padding", [*range(990, 1011), 99_900])
+def test_find_text_tells_the_place_in_a_long_text_that_folding_lengthens(padding):
+    for letter in ("ß", "\u0390", "aİ"):
+        text = (letter * padding)[:padding] + "ẞtailß" + letter * 20
+        assert find_text(text, fold_case("tail")) == (padding + 1, padding + 5)
+
+
+def test_find_text_folds_no_prefix_of_a_long_text(monkeypatch):
+    lengths = []
+    monkeypatch.setattr("app.models.message.fold_case", lambda text: lengths.append(len(text)) or fold_case(text))
+    find_text("ß" * 99_996 + "tail", "tail")
+    assert sum(lengths) < 5 * 100_000
 
 
 @pytest.mark.parametrize("path", ["/api/conversations?q=a", "/api/conversations?q=a&limit=1", "/api/messages?q=a"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_left, bisect_right
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, func, select
@@ -16,6 +17,7 @@ from app.database import fold_case, format_timestamp, iso8601, json_object, limi
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
 
+FOLDED_BLOCK = 1000  # characters: to fold the whole text for each prefix took 0.1 s
 SNIPPET_CONTEXT = 60  # characters before and after the match of a search
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in progress has failed
 
@@ -158,11 +160,20 @@ def message_to_dict(id, sender, text, created_at, status="complete"):
 
 def find_text(text, folded):
     """Return where a text that was found by contains() begins and ends in a text in NFC, in characters."""
-    start = fold_case(text).index(folded)
+    folded_text = fold_case(text)
+    start = folded_text.index(folded)
     end = start + len(folded)
-    if len(fold_case(text)) == len(text):
+    if len(folded_text) == len(text):
         return start, end
-    # Folding lengthens some letters: find the first prefixes that are long enough once they are folded.
-    prefix_lengths = range(len(text) + 1)
-    start = bisect_right(prefix_lengths, start, key=lambda length: len(fold_case(text[:length]))) - 1
-    return start, bisect_left(prefix_lengths, end, key=lambda length: len(fold_case(text[:length])))
+    # Folding lengthens some letters: find the block, and in it the prefix, that are long enough once they are folded.
+    blocks = [text[first : first + FOLDED_BLOCK] for first in range(0, len(text), FOLDED_BLOCK)]
+    ends = list(accumulate((len(fold_case(block)) for block in blocks), initial=0))
+    start_block, end_block = bisect_right(ends, start) - 1, bisect_left(ends, end) - 1
+    start_length = find_prefix(blocks[start_block], start - ends[start_block], bisect_right) - 1
+    end_length = find_prefix(blocks[end_block], end - ends[end_block], bisect_left)
+    return start_block * FOLDED_BLOCK + start_length, end_block * FOLDED_BLOCK + end_length
+
+
+def find_prefix(text, folded_length, bisect):
+    """Return the length of the prefix of a text that bisect_left() or bisect_right() finds by its folded length."""
+    return bisect(range(len(text) + 1), folded_length, key=lambda length: len(fold_case(text[:length])))
