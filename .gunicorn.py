@@ -35,7 +35,8 @@ SEND_TIMEOUT = 30  # without progress, so that a slow reader is served however l
 SEND_CHECK_INTERVAL = 5
 
 MAX_HEAD_SIZE = 32 * 1024  # bytes of all header fields, as in nginx
-REQUESTS_PER_TURN = 8  # of a connection
+REQUESTS_PER_TURN = 8  # of a connection that pipelines faster than its requests are read
+EVENT_LOOP_TURN = 1e-6  # seconds: the event loop looks for new data and connections in between
 
 wsgi_app = "run:app"
 chdir = str(Path(__file__).parent)
@@ -124,6 +125,8 @@ class ClientConnection:
         """
         if self.is_ended:
             return b""
+        if not self.is_idle:  # the others have their turn: 1 MiB in chunks of a byte takes more than a second
+            gevent.sleep(EVENT_LOOP_TURN)
         try:
             data = self.receive_before_deadline(size, flags)
         except TimeoutError:
@@ -224,6 +227,10 @@ class Worker(GeventWorker):
 
     def handle_request(self, listener_name, req, sock, addr):
         """Serve a request, and note when it was the last one."""
+        # For a client that pipelines, no read waits and lets the others have their turn. After gevent.sleep(0), the
+        # connections that pipeline would have it before those with new data, and before new ones.
+        if sock.is_idle or req.req_number % REQUESTS_PER_TURN == 0:
+            gevent.sleep(EVENT_LOOP_TURN)
         sock.start_body()
         try:
             return super().handle_request(listener_name, req, sock, addr)
@@ -231,8 +238,6 @@ class Worker(GeventWorker):
             sock.start_head(self.cfg.keepalive)
             if not self.alive:
                 self.start_shutdown()
-            if req.req_number % REQUESTS_PER_TURN == 0:
-                gevent.sleep(0)  # for a client that pipelines, no read waits and lets the others have their turn
 
     def handle_error(self, req, client, addr, exc):
         """Answer a request that the application never saw, or could not answer, with a JSON error.

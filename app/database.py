@@ -20,7 +20,8 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 
 MAX_ID = 2**63 - 1
-MAX_PAGE_BYTES = 4 * 2**20  # of JSON: then a page ends early
+# A page that has more ends early. JSON makes a text up to six times longer, and so has 4 MiB at most.
+MAX_PAGE_BYTES = 4 * 2**20 // 6
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 
@@ -111,24 +112,30 @@ def json_array(column):
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
 
 
-def octet_length(value):
-    """Return the length of a text in bytes, as PostgreSQL's function of this name does."""
-    return len(value.encode())
+class octet_length(FunctionElement):
+    """`octet_length(column)` is the length of a text in bytes."""
+
+    type = BigInteger()
+    inherit_cache = True
 
 
-def limit_size(query, json_name, *order_names):
-    """Select the rows of a query in descending order of some columns, up to the first one on the next page.
+@compiles(octet_length, "sqlite")
+def compile_octet_length_for_sqlite(element, compiler, **kw):
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
 
-    `is_on_next_page` tells whether the rows before have MAX_PAGE_BYTES of the JSON column.
-    """
+
+@compiles(octet_length, "postgresql")
+def compile_octet_length_for_postgresql(element, compiler, **kw):
+    return f"octet_length({compiler.process(element.clauses, **kw)})"
+
+
+def limit_size(query):
+    """Select the first rows of a query of (id, size), in descending order of ids: MAX_PAGE_BYTES, but at least one."""
     rows = query.subquery()
-    order_by = [rows.c[name].desc() for name in order_names]
-    sizes = func.sum(func.octet_length(rows.c[json_name]))
-    is_full, was_full = (
-        func.coalesce(sizes.over(order_by=order_by, rows=(None, -distance)), 0) >= MAX_PAGE_BYTES for distance in (1, 2)
-    )
-    page = select(rows, is_full.label("is_on_next_page"), was_full.label("is_beyond")).subquery()
-    return select(page).where(~page.c.is_beyond).order_by(*(page.c[name].desc() for name in order_names))
+    total = func.sum(rows.c.size).over(order_by=rows.c.id.desc())
+    page = select(rows, total.label("total")).subquery()
+    is_first = page.c.total == page.c.size
+    return select(page.c.id, page.c.size).where(is_first | (page.c.total <= MAX_PAGE_BYTES))
 
 
 class iso8601(FunctionElement):
@@ -244,7 +251,6 @@ def configure_sqlite(connection, record):
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.create_function("fold_case", 1, fold_case, deterministic=True)
-    connection.create_function("octet_length", 1, octet_length, deterministic=True)
 
 
 def begin_immediate(connection):

@@ -23,6 +23,7 @@ SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
+MAX_ERRORS = 100  # of deleted replies that are kept for requests that have just read the replies
 LOCK_TIMEOUT = 10  # seconds that a request waits for the user's other requests to add to the same conversation
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 
@@ -121,9 +122,9 @@ class Reply:
 class StoredReply:
     """A reply that is over, or that another process generates."""
 
-    def __init__(self, exchange):
+    def __init__(self, exchange, error=None):
         self.exchange = exchange
-        self.error = BotError("the reply failed in another process")
+        self.error = error or BotError("the reply failed in another process")
         self.engine = autocommit(db.engine)  # a stream is followed outside of the request
 
     def load(self, offset=0):
@@ -144,7 +145,7 @@ class StoredReply:
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
 
-        Ends when the reply is over. Raises BotError if it was deleted.
+        Ends when the reply is over. Raises its error if it was deleted.
         """
         silent_since = time.monotonic()
         while True:
@@ -179,6 +180,7 @@ class ReplyManager:
         self.replies = {}  # by id
         self.counts = Counter()  # of replies in progress, by user
         self.ended = deque()  # replies whose end is to be stored
+        self.errors = {}  # by id, of the last replies that were deleted: some requests may have read them before
         self.delayed_ids = set()  # of replies that could not be stored at the last attempt
         self.lock = Lock()
         self.conversation_locks = WeakValueDictionary()
@@ -249,7 +251,8 @@ class ReplyManager:
 
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
-        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
+        id = exchange.reply["id"]
+        return self.replies.get(id) or StoredReply(exchange, self.errors.get(id))
 
     def join(self, exchange):
         """Return the reply of an exchange: one that is over as it was read, else as get() does."""
@@ -394,10 +397,19 @@ class ReplyManager:
         lost_ids = save_replies([reply.to_row() for reply in kept]) if kept else set()
         for reply in ended:
             self.ended.popleft()
+            is_deleted = reply in discarded or reply.id in lost_ids
+            if is_deleted:
+                self.keep_error(reply)
             if self.replies.get(reply.id) is reply:  # not its retry
                 del self.replies[reply.id]
             self.release(reply.exchange.user_id)
-            reply.set_stored(is_deleted=reply in discarded or reply.id in lost_ids)
+            reply.set_stored(is_deleted)
+
+    def keep_error(self, reply):
+        """Keep the error of a reply that was deleted, but of the last MAX_ERRORS only."""
+        self.errors[reply.id] = reply.error or NotFound("Conversation not found")
+        if len(self.errors) > MAX_ERRORS:
+            del self.errors[next(iter(self.errors))]
 
     def end_overdue(self):
         """End the replies that were deleted, that a user stops from another process, and that take too long."""

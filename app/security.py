@@ -5,9 +5,13 @@ import ipaddress
 import math
 import os
 import re
+import sys
 import threading
 import time
+from contextlib import ExitStack
+from contextvars import copy_context
 from functools import cache, cached_property
+from weakref import WeakValueDictionary
 
 from flask import current_app, request
 from limits.storage import MemoryStorage, storage_from_string
@@ -25,10 +29,15 @@ THREADS = os.cpu_count() or 1
 # A hash of the default cost takes about half a second, so the last in the queue waits for about five.
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
+NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
+MAX_LONG_QUERIES = 2  # of a kind at once in a process
+LONG_QUERY_WAIT = 10  # seconds that one waits for the others
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
 STORAGE_LOG_INTERVAL = 60  # seconds
 
+long_query_slots = {kind: threading.BoundedSemaphore(MAX_LONG_QUERIES) for kind in ("search", "list")}
+long_query_locks = WeakValueDictionary()  # by kind and user
 hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
@@ -62,23 +71,64 @@ def needs_rehash(password_hash):
 
 
 def run_in_threadpool(func, *args):
-    """Call a slow function in a native thread under gevent, where it would stop all clients, else directly.
+    """Hash in a native thread under gevent, where it would stop all clients, else directly.
 
     Abort with 503 if too many calls are waiting.
     """
-    if monkey is None or not monkey.is_module_patched("threading"):
+    if not is_gevent_used():
         return func(*args)
     if not hash_slots.acquire(blocking=False):
         raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
     try:
-        return get_threadpool(os.getpid()).apply(func, args)
+        return get_threadpool(os.getpid(), "hashing").apply(call_with_low_priority, (func, *args))
     finally:
         hash_slots.release()
 
 
+def run_long_query(kind, func, user_id, in_thread):
+    """Call a function that takes long, once at a time for each user; with `in_thread`, in a native thread under gevent.
+
+    The kinds are "search" and "list". Abort with 503 after LONG_QUERY_WAIT.
+    """
+    lock = long_query_locks.setdefault((kind, user_id), threading.Lock())
+    with ExitStack() as stack:
+        for turn in (lock, long_query_slots[kind]):
+            if not turn.acquire(timeout=LONG_QUERY_WAIT):
+                raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
+            stack.callback(turn.release)
+        if not (in_thread and is_gevent_used()):
+            return func()
+        threadpool = get_threadpool(os.getpid(), "queries")
+        result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
+    if error:
+        raise error
+    return result
+
+
+def catch_error(func, *args):
+    """Return what a function returns, and the exception that it raises, which gevent would print."""
+    try:
+        return func(*args), None
+    except Exception as error:
+        return None, error
+
+
+def is_gevent_used():
+    """Return whether threads are gevent's greenlets."""
+    return monkey is not None and monkey.is_module_patched("threading")
+
+
+def call_with_low_priority(func, *args):
+    """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
+    if sys.platform == "linux":
+        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+    return func(*args)
+
+
 @cache
-def get_threadpool(process_id):
-    """Return the pool for hashing of a process: threads do not survive a fork.
+def get_threadpool(process_id, purpose):
+    """Return the pool of a process for hashing or long queries: threads do not survive a fork.
 
     It is not the hub's own, which looks up host names: these must not wait for hashes.
     """

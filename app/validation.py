@@ -48,7 +48,7 @@ def get_str_arg(name, max_length):
 
 def check_string(name, value, max_length, min_length=1):
     """Abort with 400 if a string is blank, has a NUL, or not the right length in characters."""
-    if is_blank(value) or not min_length <= len(value) <= max_length:
+    if not min_length <= len(value) <= max_length or is_blank(value):
         abort(400, f"{name} must be {min_length} to {max_length} characters long and not blank")
     if "\0" in value:
         abort(400, f"{name} must not contain NUL")
@@ -56,7 +56,7 @@ def check_string(name, value, max_length, min_length=1):
 
 def is_blank(value):
     """Return whether a text has nothing visible: only white space, control, format and blank-looking characters."""
-    return all(is_invisible(character) for character in value)
+    return all(is_invisible(character) for character in set(value))
 
 
 def is_invisible(character):

@@ -5,7 +5,9 @@ from base64 import urlsafe_b64encode
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from sqlalchemy import event
 
+from app import db
 from tests.conftest import create_logged_in_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_items, get_next_url, read_pages
 
@@ -320,6 +322,35 @@ def test_messages_of_a_conversation_end_at_4_mib_where_they_are_limited(app, ada
     for response in (ada.get(f"/api/conversations/{id}?messages=20"), ada.get("/api/conversations?messages=20")):
         conversation = response.json[0] if isinstance(response.json, list) else response.json
         assert conversation["messages"] == messages[4:]
+
+
+def test_page_has_the_newest_messages_of_a_conversation_that_exceeds_4_mib_alone(app, ada):
+    ids = add_conversations(app, ada, 2, messages=12)
+    execute(app, "UPDATE message SET text = :text", text="\1" * (MIB // 12))
+    pages = read_pages(ada, "/api/conversations", limit=100)
+    assert get_ids(join(pages)) == ids[::-1]
+    for [conversation] in pages:
+        assert conversation["messages"] == ada.list_messages(conversation["id"])[4:]
+
+
+@pytest.mark.parametrize("path", ["/api/conversations?limit=100", "/api/conversations/{id}/messages?limit=100"])
+@on_sqlite
+def test_no_json_is_built_of_messages_beyond_the_page(app, ada, path):
+    add_conversations(app, ada, 20, messages=1)
+    [id] = add_conversations(app, ada, 1, messages=20)
+    execute(app, "UPDATE message SET text = :text", text="\1" * (MIB // 12))
+    calls = []
+
+    def count_calls(connection, record, proxy):
+        connection.create_function("json_object", -1, lambda *args: calls.append(args) or "{}")
+
+    with app.app_context():
+        event.listen(db.engine, "checkout", count_calls)
+        try:
+            assert ada.get(path.format(id=id)).status_code == 200
+        finally:
+            event.remove(db.engine, "checkout", count_calls)
+    assert len(calls) == 8
 
 
 def test_message_of_many_bytes_ends_a_page_and_has_one_of_its_own(app, ada):

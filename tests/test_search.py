@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.conftest import on_sqlite
+from app.database import fold_case
+from app.models.message import find_text
+from app.security import run_long_query
+from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
 
 TEXTS_WITH_MATCH = [  # text, q, what q matches
@@ -223,6 +226,37 @@ def test_search_for_text_that_is_not_utf_8_finds_nothing(ada, path):
     ada.create_conversation()
     for q in ("%FF", "%C3", "%ED%A0%80", "%F4%90%80%80"):
         assert get_items(ada.get(f"{path}q={q}")) == [], q
+
+
+@pytest.mark.parametrize("padding", [*range(990, 1011), 99_900])
+def test_find_text_tells_the_place_in_a_long_text_that_folding_lengthens(padding):
+    for letter in ("ß", "\u0390", "aİ"):
+        text = (letter * padding)[:padding] + "ẞtailß" + letter * 20
+        assert find_text(text, fold_case("tail")) == (padding + 1, padding + 5)
+
+
+def test_find_text_folds_no_prefix_of_a_long_text(monkeypatch):
+    lengths = []
+    monkeypatch.setattr("app.models.message.fold_case", lambda text: lengths.append(len(text)) or fold_case(text))
+    find_text("ß" * 99_996 + "tail", "tail")
+    assert sum(lengths) < 5 * 100_000
+
+
+@pytest.mark.parametrize("path", ["/api/conversations?q=a", "/api/conversations?q=a&limit=1", "/api/messages?q=a"])
+def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path):
+    monkeypatch.setattr("app.security.LONG_QUERY_WAIT", 0.05)
+    other = create_other_client(ada)
+
+    def search_again():
+        response = other.get(path)
+        assert bob.get(path).status_code == ada.get("/api/conversations").status_code == 200
+        return response.status_code, response.json, response.headers["Retry-After"]
+
+    assert run_long_query("search", search_again, ada.user_id, in_thread=False) == (
+        503,
+        {"error": "The server is busy, try again later"},
+        "5",
+    )
 
 
 def test_empty_q_means_no_search(app, ada):

@@ -10,20 +10,22 @@ from types import SimpleNamespace
 import pytest
 from flask import Flask
 from limits import parse
-from werkzeug.exceptions import TooManyRequests
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import generate_password_hash
 
 from app.security import (
+    MAX_LONG_QUERIES,
     client_address,
     hash_password,
     is_common_password,
     log_failed_login,
     needs_rehash,
     rate_limiter,
+    run_long_query,
     verify_login,
     verify_password,
 )
-from tests.helpers.server import ROOT, TIMEOUT, run_concurrently
+from tests.helpers.server import ROOT, TIMEOUT, run_all, run_concurrently
 
 ADDRESS = "192.0.2.1"
 METHOD = "pbkdf2:sha256:1"
@@ -70,12 +72,13 @@ GEVENT_SETUP = f"""
 from gevent import monkey
 monkey.patch_all()
 import os
+import threading
 import gevent
 from flask import Flask
 from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.security import generate_password_hash
 from app import security
-from app.security import hash_password, run_in_threadpool, verify_password
+from app.security import hash_password, run_in_threadpool, run_long_query, verify_password
 
 app = Flask("security")
 app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
@@ -245,6 +248,18 @@ print(run_in_threadpool(str, "finished"))
     assert after == "finished"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own only on Linux")
+def test_run_in_threadpool_leaves_the_processor_to_the_event_loop():
+    before, in_thread, after = run_gevent("""
+def get_niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+print(get_niceness(), run_in_threadpool(get_niceness), get_niceness(), sep="\\n")
+""")
+    assert int(in_thread) == min(int(before) + 10, 19)
+    assert after == before
+
+
 def test_run_in_threadpool_works_in_a_forked_process():
     assert run_gevent("""
 print(run_in_threadpool(str, "parent"), flush=True)
@@ -253,6 +268,60 @@ if os.fork() == 0:
     os._exit(0)
 print(os.wait()[1])
 """) == ["parent", "child", "0"]
+
+
+# Searches
+
+
+def count_concurrent_searches(user_ids):
+    """Search once for each user id, all at once; return the most searches that ran at the same time."""
+    running, most = [], []
+
+    def search():
+        running.append(True)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    run_concurrently(len(user_ids), lambda number: run_long_query("search", search, user_ids[number], in_thread=False))
+    return max(most)
+
+
+@pytest.mark.parametrize(("user_ids", "most"), [([1] * 4, 1), ([1, 2, 3, 4, 5], MAX_LONG_QUERIES)])
+def test_run_long_query_lets_searches_take_turns(user_ids, most):
+    assert count_concurrent_searches(user_ids) == most
+
+
+def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
+    monkeypatch.setattr("app.security.LONG_QUERY_WAIT", 0.05)
+
+    def search_again():
+        with pytest.raises(ServiceUnavailable) as caught:
+            run_long_query("search", str, 1, in_thread=False)
+        return caught.value.retry_after
+
+    assert run_long_query("search", lambda: run_all(search_again), 1, in_thread=False) == [5]
+    assert run_long_query("search", lambda: run_long_query("search", str, 2, in_thread=False), 1, in_thread=False) == ""
+
+
+def test_run_long_query_in_thread_does_not_stop_the_event_loop():
+    assert run_gevent("""
+search = gevent.spawn(run_long_query, "search", block, 1, True)
+while not started:
+    gevent.sleep(0.01)
+lock.release()
+search.join()
+print(search.successful())
+""") == ["True"]
+
+
+def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
+    assert run_gevent("""
+try:
+    run_long_query("search", lambda: 1 / 0, 1, True)
+except ZeroDivisionError:
+    print("raised")
+""") == ["raised"]
 
 
 # Client addresses

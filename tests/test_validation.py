@@ -300,3 +300,11 @@ def test_random_values_of_fields_are_no_server_errors(ada):
         assert response.status_code < 500, (method, path, body)
         statuses.add(response.status_code)
     assert statuses >= {200, 201, 400, 401}
+
+
+def test_blank_value_costs_one_look_at_each_different_character(client, monkeypatch):
+    looks = []
+    monkeypatch.setattr("app.validation.is_invisible", lambda character: looks.append(character) or True)
+    for username in (" \t" * 40, " " * 1_000_000):
+        assert client.signup(username).status_code == 400
+    assert sorted(looks) == ["\t", " "]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_left, bisect_right
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, select
+from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, false, func, select
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, partial_index
+from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, octet_length, partial_index
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
 
+FOLDED_BLOCK = 1000  # characters: to fold the whole text for each prefix took 0.1 s
 SNIPPET_CONTEXT = 60  # characters before and after the match of a search
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in progress has failed
 
@@ -71,21 +73,32 @@ class Message(db.Model):
         return case((cls.status == "complete", json_object(**items)), else_=json_object(**items, status=cls.status))
 
     @classmethod
-    def select_page(cls, conversation_id, limit=None, before=None):
+    def select_page(cls, conversation_id, limit=None, before=None, fits=False):
         """Select the id and the `json` of a conversation's messages, oldest first.
 
-        With a limit these are the newest messages, of ids below `before`, with the column of limit_size().
+        With a limit these are the newest messages, of ids below `before`, as far as one page may have them; `fits`
+        says that it may have all of them.
         """
-        query = select(cls.id, cls.json().label("json")).where(
-            cls.conversation_id == conversation_id, cls.replaces_id.is_(None)
-        )
-        query = query.correlate_except(cls)  # conversation_id may be a column of an outer query
+        query = cls.select_ids(conversation_id, before).add_columns(cls.json().label("json")).order_by(cls.id)
+        if limit is None:
+            return query
+        newest = cls.select_newest(conversation_id, limit, before)
+        newest = (newest if fits else limit_size(newest)).subquery()
+        return query.where(cls.id >= select(func.min(newest.c.id)).scalar_subquery())
+
+    @classmethod
+    def select_newest(cls, conversation_id, limit, before=None):
+        """Select the ids and the sizes in bytes of a conversation's newest messages."""
+        query = cls.select_ids(conversation_id, before).add_columns(octet_length(cls.text).label("size"))
+        return query.order_by(cls.id.desc()).limit(limit)
+
+    @classmethod
+    def select_ids(cls, conversation_id, before=None):
+        """Select the ids below `before` of a conversation's messages."""
+        query = select(cls.id).where(cls.conversation_id == conversation_id, cls.replaces_id.is_(None))
         if before is not None:
             query = query.where(cls.id < before)
-        if limit is None:
-            return query.order_by(cls.id)
-        newest = limit_size(query.order_by(cls.id.desc()).limit(limit), "json", "id").subquery()
-        return select(newest).order_by(newest.c.id)
+        return query.correlate_except(cls)  # conversation_id may be a column of an outer query
 
     @classmethod
     def get(cls, conversation_id, id):
@@ -147,11 +160,20 @@ def message_to_dict(id, sender, text, created_at, status="complete"):
 
 def find_text(text, folded):
     """Return where a text that was found by contains() begins and ends in a text in NFC, in characters."""
-    start = fold_case(text).index(folded)
+    folded_text = fold_case(text)
+    start = folded_text.index(folded)
     end = start + len(folded)
-    if len(fold_case(text)) == len(text):
+    if len(folded_text) == len(text):
         return start, end
-    # Folding lengthens some letters: find the first prefixes that are long enough once they are folded.
-    prefix_lengths = range(len(text) + 1)
-    start = bisect_right(prefix_lengths, start, key=lambda length: len(fold_case(text[:length]))) - 1
-    return start, bisect_left(prefix_lengths, end, key=lambda length: len(fold_case(text[:length])))
+    # Folding lengthens some letters: find the block, and in it the prefix, that are long enough once they are folded.
+    blocks = [text[first : first + FOLDED_BLOCK] for first in range(0, len(text), FOLDED_BLOCK)]
+    ends = list(accumulate((len(fold_case(block)) for block in blocks), initial=0))
+    start_block, end_block = bisect_right(ends, start) - 1, bisect_left(ends, end) - 1
+    start_length = find_prefix(blocks[start_block], start - ends[start_block], bisect_right) - 1
+    end_length = find_prefix(blocks[end_block], end - ends[end_block], bisect_left)
+    return start_block * FOLDED_BLOCK + start_length, end_block * FOLDED_BLOCK + end_length
+
+
+def find_prefix(text, folded_length, bisect):
+    """Return the length of the prefix of a text that bisect_left() or bisect_right() finds by its folded length."""
+    return bisect(range(len(text) + 1), folded_length, key=lambda length: len(fold_case(text[:length])))

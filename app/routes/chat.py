@@ -1,7 +1,9 @@
 """Conversations, messages and replies."""
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import deque
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, islice
 
 from flask import Blueprint, abort, current_app, g, request, stream_with_context
@@ -23,6 +25,7 @@ from app.responses import (
     hash_version,
     is_not_modified,
 )
+from app.security import run_long_query
 from app.validation import (
     get_idempotency_key,
     get_int_arg,
@@ -39,6 +42,9 @@ MAX_PAGE_SIZE = 100
 DEFAULT_PAGE_SIZE = 50
 LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor")
 MAX_MESSAGES_PER_CONVERSATION = 1000  # in a list of conversations that says how many
+LONG_LIST_CHARS = 2**20  # of JSON
+# The next list of these is a long query. To find that out beforehand would take a twentieth of the time of usual lists.
+LONG_LIST_USERS = deque(maxlen=100)
 
 bp = Blueprint("chat", __name__)
 
@@ -54,25 +60,55 @@ def fail_abandoned_replies():
 def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
-    versions = None
-    if request.if_none_match or "limit" in filters:  # else this would take a tenth of the time
-        versions = Conversation.list_versions(current_user.id, **filters)
-        if is_not_modified(get_etag(versions)):
-            return conditional_response(None, get_etag(versions))
-    rows = page = Conversation.list_for_user(current_user.id, **filters)
-    if "limit" in filters:
-        page = [row for row in rows[: filters["limit"] - 1] if not row.is_on_next_page]
+    list_func = partial(list_page if "limit" in filters else list_all, filters)
+    return query_long("search", list_func) if "folded" in filters else list_func()
+
+
+def query_long(kind, func):
+    """Return what a function returns, see run_long_query(); SQLite would stop the event loop meanwhile."""
+    user_id, is_sqlite = current_user.id, db.engine.dialect.name == "sqlite"
+    if is_sqlite:
+        db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
+    else:
+        db.session.close()  # holds no connection while it waits
+    return run_long_query(kind, func, user_id, in_thread=is_sqlite)
+
+
+def list_all(filters):
+    """Return all conversations."""
+    if request.if_none_match:  # else this would take a tenth of the time
+        etag = get_etag(Conversation.list_versions(current_user.id, **filters))
+        if is_not_modified(etag):
+            return conditional_response(None, etag)
+    load = partial(Conversation.list_for_user, current_user.id, **filters)
+    is_long = current_user.id in LONG_LIST_USERS
+    rows = query_long("list", load) if is_long and "folded" not in filters else load()
+    if not is_long and sum(len(row.messages_json) for row in rows) > LONG_LIST_CHARS:
+        LONG_LIST_USERS.append(current_user.id)
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
-    body = [conversation_to_dict(row, has_details) for row in page]
-    next_page = get_next_page(page[-1], "recent" in filters) if len(page) < len(rows) else None
-    return conditional_response(body, get_etag(versions or rows), next_page)
+    return conditional_response([conversation_to_dict(row, has_details) for row in rows], get_etag(rows))
+
+
+def list_page(filters):
+    """Return a page of conversations, each with its newest messages."""
+    limit = filters["limit"]
+    filters = {"messages": MAX_MESSAGES_PER_CONVERSATION, **filters, "limit": limit + 1}
+    versions = Conversation.list_versions(current_user.id, **filters)
+    etag = get_etag(versions)
+    if is_not_modified(etag):
+        return conditional_response(None, etag)
+    if count := Conversation.count_fitting(current_user.id, **filters):
+        filters.update(limit=min(limit, count), fits=True)  # a list of which nothing is cut takes half of the time
+    else:
+        filters["limit"] = 1
+    rows = Conversation.list_for_user(current_user.id, **filters)
+    has_next_page = rows and len(versions) > filters["limit"]
+    next_page = get_next_page(rows[-1], "recent" in filters) if has_next_page else None
+    return conditional_response([conversation_to_dict(row, has_details=True) for row in rows], etag, next_page)
 
 
 def get_list_args():
-    """Return the filters of Conversation.select_for_user() from the query string; abort with 400 if they are invalid.
-
-    The limit is one more than that of the page, so that the list tells whether there is a next page.
-    """
+    """Return the filters of Conversation.select_for_user() from the query string, or abort with 400."""
     limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
     order, q = get_str_arg("order", MAX_NAME_LENGTH), get_str_arg("q", MAX_NAME_LENGTH)
     last_updated_at, last_id = get_cursor()
@@ -87,7 +123,7 @@ def get_list_args():
     filters = {
         "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
         "folded": q and fold_case(q),
-        "limit": limit and limit + 1,
+        "limit": limit,
         "before": before,
         "recent": order,
         "last_updated_at": last_updated_at,
@@ -196,7 +232,8 @@ def search_messages():
     """List the messages of the current user that contain a text, the newest first."""
     q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
-    rows = Conversation.search_messages(current_user.id, q, limit + 1, get_int_arg("before"))
+    before, user_id = get_int_arg("before"), current_user.id
+    rows = query_long("search", lambda: Conversation.search_messages(user_id, q, limit + 1, before))
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
     return conditional_response(results, hash_version(results), next_page)
@@ -219,10 +256,11 @@ def list_messages(conversation_id):
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
         return conditional_response(None, etag)
-    rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
-    page = [row for row in rows[-limit:] if not row.is_on_next_page]
-    next_page = {"before": page[0].id} if len(page) < len(rows) else None
-    return conditional_response([Fragment(row.json) for row in page], etag, next_page)
+    rows = db.session.execute(Message.select_page(conversation_id, limit, before)).all()
+    older = Message.select_ids(conversation_id, before=rows[0].id) if rows else None
+    has_next_page = rows and db.session.scalar(older.order_by(Message.id.desc()).limit(1))
+    next_page = {"before": rows[0].id} if has_next_page else None
+    return conditional_response([Fragment(row.json) for row in rows], etag, next_page)
 
 
 @bp.post("/api/conversations/<id:conversation_id>/messages")

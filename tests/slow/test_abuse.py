@@ -1,6 +1,6 @@
 """Eight abusive clients at once, and a well-behaved one that must not notice.
 
-ABUSE_SECONDS sets how long the test lasts; it needs a machine that does nothing else.
+ABUSE_SECONDS sets how long the test lasts: a minute by default, 3600 for an hour.
 """
 
 import os
@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from itertools import cycle
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all, record_measurement
 
-pytestmark = pytest.mark.skipif("ABUSE_SECONDS" not in os.environ, reason="ABUSE_SECONDS is not set")
-
 ABUSE_SECONDS = int(os.environ.get("ABUSE_SECONDS", "60"))
+CALM_SECONDS = 5  # without abuse
+MAX_BUSY = 0.25  # share of the processors that other programs use meanwhile
 MAX_LATENCY = 1  # seconds, at the 99th percentile
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
@@ -162,7 +163,7 @@ def run_abuses(server):
 
 def behave_well(client, seconds):
     """Make requests and send messages for some seconds; return the latencies by name and the texts sent."""
-    latencies = {"GET /api/test": [], "send": []}
+    latencies = {"GET /api/test": [], "new connection": [], "send": []}
     texts = []
     conversation_id = client.create_conversation()
     deadline = time.monotonic() + seconds
@@ -171,6 +172,10 @@ def behave_well(client, seconds):
         start = time.monotonic()
         assert client.get("/api/test").status == 200
         latencies["GET /api/test"].append(time.monotonic() - start)
+        start = time.monotonic()
+        with HttpClient(client.connection.port) as other:
+            assert other.get("/api/test").status == 200
+        latencies["new connection"].append(time.monotonic() - start)
         start = time.monotonic()
         response = client.send_message(conversation_id, texts[-1])
         assert response.status == 201, response.body
@@ -181,6 +186,20 @@ def behave_well(client, seconds):
     return latencies
 
 
+def measure_busy_share(func, *args):
+    """Return the share of the processors' time that is used while a function runs."""
+    before = read_processor_times()
+    func(*args)
+    used, idle = (after - earlier for after, earlier in zip(read_processor_times(), before, strict=True))
+    return used / (used + idle)
+
+
+def read_processor_times():
+    """Return the time that the processors have been used and idle."""
+    user, nice, system, idle, waiting, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return user + nice + system + sum(others), idle + waiting
+
+
 def get_percentile(values, percent):
     return sorted(values)[int(len(values) * percent / 100)]
 
@@ -188,8 +207,10 @@ def get_percentile(values, percent):
 def test_abusive_clients_do_not_slow_down_others(serve):
     server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
     workers = server.all_workers()
-    with server.create_logged_in_client("ada") as client, run_abuses(server) as rounds:
-        latencies = behave_well(client, ABUSE_SECONDS)
+    with server.create_logged_in_client("ada") as client:
+        busy_share = measure_busy_share(behave_well, client, CALM_SECONDS)
+        with run_abuses(server) as rounds:
+            latencies = behave_well(client, ABUSE_SECONDS)
     for name, counter in rounds.items():
         record_measurement(f"{name}: rounds", counter.value)
     for name, values in latencies.items():
@@ -199,5 +220,8 @@ def test_abusive_clients_do_not_slow_down_others(serve):
     assert server.workers() == workers
     assert "Traceback" not in server.output
     assert PASSWORD not in server.output
-    for values in latencies.values():
-        assert get_percentile(values, 99) < MAX_LATENCY
+    record_measurement("share of the processors that other programs use", busy_share)
+    if busy_share > MAX_BUSY:
+        pytest.skip("other programs use the processors, so that latencies say nothing; all else is as it should be")
+    for name, values in latencies.items():
+        assert get_percentile(values, 99) < MAX_LATENCY, name

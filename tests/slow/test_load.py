@@ -1,5 +1,6 @@
 """The served program under load: open streams, waiting sends, bursts, and followers that do not read."""
 
+import select
 import socket
 import sqlite3
 import statistics
@@ -14,6 +15,7 @@ from tests.helpers.server import (
     connect,
     format_head,
     measure,
+    receive_all,
     record_measurement,
     run_concurrently,
     run_in_background,
@@ -208,6 +210,58 @@ def test_followers_that_read_nothing_do_not_slow_down_one_that_reads(serve):
         assert (response.status, response.json[1]["text"]) == (200, reply["text"])
         assert seconds < 10
     assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_search_of_long_messages_does_not_stop_others(serve):
+    server = serve(WEB_CONCURRENCY=1)
+    with server.create_logged_in_client("ada") as ada, server.client() as other:
+        conversation_id = ada.create_conversation()
+        for _ in range(300):
+            ada.send_message(conversation_id, "a" * 100_000)
+        answers = 0
+        with run_in_background(lambda: ada.get(f"/api/messages?q={'a' * 254}b")) as [search]:
+            while not search.done():
+                assert other.get("/api/test").status == 200
+                answers += 1
+        assert (search.result().status, search.result().json) == (200, [])
+        record_measurement("requests answered during a search", answers)
+        assert answers > 10
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_body_of_many_chunks_does_not_stop_others(serve):
+    server = serve(WEB_CONCURRENCY=1)
+    head = format_head("POST /api/login HTTP/1.1", "Connection: close", "Transfer-Encoding: chunked")
+    with server.client() as other, connect(server.port) as connection:
+        assert other.get("/api/test").status == 200
+        answers = 0
+        with run_in_background(lambda: [connection.sendall(head + b"1\r\na\r\n" * 170_000 + b"0\r\n\r\n")]):
+            while not select.select([connection], [], [], 0)[0]:
+                assert other.get("/api/test").status == 200
+                answers += 1
+        record_measurement("requests answered meanwhile", answers)
+        assert receive_all(connection).startswith(b"HTTP/1.1 415")
+        assert answers > 30
+
+
+def test_client_that_pipelines_leaves_turns_to_new_connections(serve):
+    server = serve(WEB_CONCURRENCY=1)
+    head = format_head("GET /api/unknown HTTP/1.1")
+    with ExitStack() as stack:
+        server.wait_for("Booting worker")
+        connections = [stack.enter_context(connect(server.port)) for _ in range(20)]
+        for connection in connections:
+            connection.sendall(head * 200)
+        server.wait_for("/api/unknown")
+        for _ in range(20):  # which wait in line before the one that is measured
+            stack.enter_context(connect(server.port))
+        with server.client() as other:
+            assert other.get("/api/unknown", X_Request_ID="the-new-connection").status == 404
+        server.wait_for("the-new-connection")
+        position = server.output.partition("the-new-connection")[0].count("/api/unknown")
+        record_measurement("requests answered before", position)
+        assert position < 200
 
 
 def test_200_concurrent_signups_get_different_ids(serve):
