@@ -30,14 +30,14 @@ THREADS = os.cpu_count() or 1
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
 NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
-MAX_LONG_QUERIES = 2  # of a kind at once in a process
-LONG_QUERY_WAIT = 10  # seconds that one waits for the others
+MAX_SEARCHES = 2  # at once in a process: a search reads all messages of its user
+SEARCH_WAIT = 10  # seconds that a search waits for the others
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
 STORAGE_LOG_INTERVAL = 60  # seconds
 
-long_query_slots = {kind: threading.BoundedSemaphore(MAX_LONG_QUERIES) for kind in ("search", "list")}
-long_query_locks = WeakValueDictionary()  # by kind and user
+search_slots = threading.BoundedSemaphore(MAX_SEARCHES)
+search_locks = WeakValueDictionary()  # by user
 hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
@@ -85,20 +85,19 @@ def run_in_threadpool(func, *args):
         hash_slots.release()
 
 
-def run_long_query(kind, func, user_id, in_thread):
-    """Call a function that takes long, once at a time for each user; with `in_thread`, in a native thread under gevent.
+def run_search(func, user_id, in_thread):
+    """Call a function that searches, one at a time for each user; with `in_thread`, in a native thread under gevent.
 
-    The kinds are "search" and "list". Abort with 503 after LONG_QUERY_WAIT.
+    Abort with 503 after SEARCH_WAIT.
     """
-    lock = long_query_locks.setdefault((kind, user_id), threading.Lock())
     with ExitStack() as stack:
-        for turn in (lock, long_query_slots[kind]):
-            if not turn.acquire(timeout=LONG_QUERY_WAIT):
+        for lock in (search_locks.setdefault(user_id, threading.Lock()), search_slots):
+            if not lock.acquire(timeout=SEARCH_WAIT):
                 raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
-            stack.callback(turn.release)
+            stack.callback(lock.release)
         if not (in_thread and is_gevent_used()):
             return func()
-        threadpool = get_threadpool(os.getpid(), "queries")
+        threadpool = get_threadpool(os.getpid(), "search")
         result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
     if error:
         raise error
@@ -128,7 +127,7 @@ def call_with_low_priority(func, *args):
 
 @cache
 def get_threadpool(process_id, purpose):
-    """Return the pool of a process for hashing or long queries: threads do not survive a fork.
+    """Return the pool of a process for hashing or searching: threads do not survive a fork.
 
     It is not the hub's own, which looks up host names: these must not wait for hashes.
     """

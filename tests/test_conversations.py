@@ -8,8 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from app import db
-from app.security import run_long_query
-from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql, on_sqlite
+from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids
 from tests.helpers.queries import record_queries
 from tests.helpers.server import run_all, run_concurrently
@@ -33,24 +32,6 @@ UNUSUAL_TEXTS = [
     *("\u0301", "\u00b7", "\u2063x", "❤\ufe0f", "1\ufe0f\u20e3", "｡"),
     *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --"),
 ]
-
-
-# Long lists
-
-
-def test_second_long_list_of_a_user_waits_for_another_one_unless_it_is_unchanged(app, ada, monkeypatch):
-    add_conversations(app, ada, 1, messages=12)
-    execute(app, "UPDATE message SET text = :text", text="\1" * 100_000)
-    first, second = ada.get("/api/conversations"), ada.get("/api/conversations")
-    assert first.data == second.data
-    monkeypatch.setattr("app.security.LONG_QUERY_WAIT", 0.05)
-    other = create_other_client(ada)
-    if_changed = {"If-None-Match": first.headers["ETag"]}
-
-    def list_again():
-        return [other.get("/api/conversations", headers=headers).status_code for headers in ({}, if_changed)]
-
-    assert run_long_query("list", list_again, ada.user_id, in_thread=False) == [503, 304]
 
 
 # The documented responses

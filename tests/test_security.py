@@ -14,14 +14,14 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import generate_password_hash
 
 from app.security import (
-    MAX_LONG_QUERIES,
+    MAX_SEARCHES,
     client_address,
     hash_password,
     is_common_password,
     log_failed_login,
     needs_rehash,
     rate_limiter,
-    run_long_query,
+    run_search,
     verify_login,
     verify_password,
 )
@@ -78,7 +78,7 @@ from flask import Flask
 from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.security import generate_password_hash
 from app import security
-from app.security import hash_password, run_in_threadpool, run_long_query, verify_password
+from app.security import hash_password, run_in_threadpool, run_search, verify_password
 
 app = Flask("security")
 app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
@@ -283,30 +283,30 @@ def count_concurrent_searches(user_ids):
         time.sleep(0.05)
         running.pop()
 
-    run_concurrently(len(user_ids), lambda number: run_long_query("search", search, user_ids[number], in_thread=False))
+    run_concurrently(len(user_ids), lambda number: run_search(search, user_ids[number], in_thread=False))
     return max(most)
 
 
-@pytest.mark.parametrize(("user_ids", "most"), [([1] * 4, 1), ([1, 2, 3, 4, 5], MAX_LONG_QUERIES)])
-def test_run_long_query_lets_searches_take_turns(user_ids, most):
+@pytest.mark.parametrize(("user_ids", "most"), [([1] * 4, 1), ([1, 2, 3, 4, 5], MAX_SEARCHES)])
+def test_run_search_lets_searches_take_turns(user_ids, most):
     assert count_concurrent_searches(user_ids) == most
 
 
-def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
-    monkeypatch.setattr("app.security.LONG_QUERY_WAIT", 0.05)
+def test_run_search_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
+    monkeypatch.setattr("app.security.SEARCH_WAIT", 0.05)
 
     def search_again():
         with pytest.raises(ServiceUnavailable) as caught:
-            run_long_query("search", str, 1, in_thread=False)
+            run_search(str, 1, in_thread=False)
         return caught.value.retry_after
 
-    assert run_long_query("search", lambda: run_all(search_again), 1, in_thread=False) == [5]
-    assert run_long_query("search", lambda: run_long_query("search", str, 2, in_thread=False), 1, in_thread=False) == ""
+    assert run_search(lambda: run_all(search_again), 1, in_thread=False) == [5]
+    assert run_search(lambda: run_search(str, 2, in_thread=False), 1, in_thread=False) == ""
 
 
-def test_run_long_query_in_thread_does_not_stop_the_event_loop():
+def test_run_search_in_thread_does_not_stop_the_event_loop():
     assert run_gevent("""
-search = gevent.spawn(run_long_query, "search", block, 1, True)
+search = gevent.spawn(run_search, block, 1, True)
 while not started:
     gevent.sleep(0.01)
 lock.release()
@@ -315,10 +315,10 @@ print(search.successful())
 """) == ["True"]
 
 
-def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
+def test_run_search_in_thread_raises_the_error_without_a_traceback():
     assert run_gevent("""
 try:
-    run_long_query("search", lambda: 1 / 0, 1, True)
+    run_search(lambda: 1 / 0, 1, True)
 except ZeroDivisionError:
     print("raised")
 """) == ["raised"]

@@ -1,7 +1,6 @@
 """Conversations, messages and replies."""
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections import deque
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, islice
@@ -25,7 +24,7 @@ from app.responses import (
     hash_version,
     is_not_modified,
 )
-from app.security import run_long_query
+from app.security import run_search
 from app.validation import (
     get_idempotency_key,
     get_int_arg,
@@ -42,9 +41,6 @@ MAX_PAGE_SIZE = 100
 DEFAULT_PAGE_SIZE = 50
 LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor")
 MAX_MESSAGES_PER_CONVERSATION = 1000  # in a list of conversations that says how many
-LONG_LIST_CHARS = 2**20  # of JSON
-# The next list of these is a long query. To find that out beforehand would take a twentieth of the time of usual lists.
-LONG_LIST_USERS = deque(maxlen=100)
 
 bp = Blueprint("chat", __name__)
 
@@ -61,17 +57,17 @@ def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
     list_func = partial(list_page if "limit" in filters else list_all, filters)
-    return query_long("search", list_func) if "folded" in filters else list_func()
+    return search(list_func) if "folded" in filters else list_func()
 
 
-def query_long(kind, func):
-    """Return what a function returns, see run_long_query(); SQLite would stop the event loop meanwhile."""
+def search(func):
+    """Return what a function that searches returns, see run_search(); SQLite would stop the event loop meanwhile."""
     user_id, is_sqlite = current_user.id, db.engine.dialect.name == "sqlite"
     if is_sqlite:
         db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
     else:
-        db.session.close()  # holds no connection while it waits
-    return run_long_query(kind, func, user_id, in_thread=is_sqlite)
+        db.session.close()  # holds no connection while other searches run
+    return run_search(func, user_id, in_thread=is_sqlite)
 
 
 def list_all(filters):
@@ -80,11 +76,7 @@ def list_all(filters):
         etag = get_etag(Conversation.list_versions(current_user.id, **filters))
         if is_not_modified(etag):
             return conditional_response(None, etag)
-    load = partial(Conversation.list_for_user, current_user.id, **filters)
-    is_long = current_user.id in LONG_LIST_USERS
-    rows = query_long("list", load) if is_long and "folded" not in filters else load()
-    if not is_long and sum(len(row.messages_json) for row in rows) > LONG_LIST_CHARS:
-        LONG_LIST_USERS.append(current_user.id)
+    rows = Conversation.list_for_user(current_user.id, **filters)
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
     return conditional_response([conversation_to_dict(row, has_details) for row in rows], get_etag(rows))
 
@@ -233,7 +225,7 @@ def search_messages():
     q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
     before, user_id = get_int_arg("before"), current_user.id
-    rows = query_long("search", lambda: Conversation.search_messages(user_id, q, limit + 1, before))
+    rows = search(lambda: Conversation.search_messages(user_id, q, limit + 1, before))
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
     return conditional_response(results, hash_version(results), next_page)
