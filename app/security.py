@@ -3,42 +3,21 @@
 import hmac
 import ipaddress
 import math
-import os
 import re
-import sys
-import threading
 import time
-from contextlib import ExitStack
-from contextvars import copy_context
-from functools import cache, cached_property
-from weakref import WeakValueDictionary
+from functools import cached_property
 
 from flask import current_app, request
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import MovingWindowRateLimiter
-from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
 
-try:
-    from gevent import monkey
-    from gevent.threadpool import ThreadPool
-except ImportError:  # installed only where gunicorn runs
-    monkey = None
+from app.threads import run_in_threadpool
 
-THREADS = os.cpu_count() or 1
-# A hash of the default cost takes about half a second, so the last in the queue waits for about five.
-MAX_QUEUED_PER_THREAD = 10
-QUEUE_RETRY_AFTER = 5  # seconds
-NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
-MAX_SEARCHES = 2  # at once in a process: a search reads all messages of its user
-SEARCH_WAIT = 10  # seconds that a search waits for the others
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
 STORAGE_LOG_INTERVAL = 60  # seconds
-
-search_slots = threading.BoundedSemaphore(MAX_SEARCHES)
-search_locks = WeakValueDictionary()  # by user
-hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
 def hash_password(password):
@@ -68,70 +47,6 @@ def matches_hash(password_hash, password):
 def needs_rehash(password_hash):
     """Return whether a hash was made by another method or cost than PASSWORD_HASH_METHOD."""
     return password_hash.partition("$")[0] != current_app.config["PASSWORD_HASH_METHOD"]
-
-
-def run_in_threadpool(func, *args):
-    """Hash in a native thread under gevent, where it would stop all clients, else directly.
-
-    Abort with 503 if too many calls are waiting.
-    """
-    if not is_gevent_used():
-        return func(*args)
-    if not hash_slots.acquire(blocking=False):
-        raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
-    try:
-        return get_threadpool(os.getpid(), "hashing").apply(call_with_low_priority, (func, *args))
-    finally:
-        hash_slots.release()
-
-
-def run_search(func, user_id, in_thread):
-    """Call a function that searches, one at a time for each user; with `in_thread`, in a native thread under gevent.
-
-    Abort with 503 after SEARCH_WAIT.
-    """
-    with ExitStack() as stack:
-        for lock in (search_locks.setdefault(user_id, threading.Lock()), search_slots):
-            if not lock.acquire(timeout=SEARCH_WAIT):
-                raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
-            stack.callback(lock.release)
-        if not (in_thread and is_gevent_used()):
-            return func()
-        threadpool = get_threadpool(os.getpid(), "search")
-        result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
-    if error:
-        raise error
-    return result
-
-
-def catch_error(func, *args):
-    """Return what a function returns, and the exception that it raises, which gevent would print."""
-    try:
-        return func(*args), None
-    except Exception as error:
-        return None, error
-
-
-def is_gevent_used():
-    """Return whether threads are gevent's greenlets."""
-    return monkey is not None and monkey.is_module_patched("threading")
-
-
-def call_with_low_priority(func, *args):
-    """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
-    if sys.platform == "linux":
-        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-    return func(*args)
-
-
-@cache
-def get_threadpool(process_id, purpose):
-    """Return the pool of a process for hashing or searching: threads do not survive a fork.
-
-    It is not the hub's own, which looks up host names: these must not wait for hashes.
-    """
-    return ThreadPool(THREADS)
 
 
 def client_address():

@@ -4,7 +4,7 @@ import pytest
 
 from app.database import fold_case
 from app.models.message import find_text
-from app.security import run_search
+from app.threads import run_search
 from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
 
@@ -244,7 +244,7 @@ def test_find_text_folds_no_prefix_of_a_long_text(monkeypatch):
 
 @pytest.mark.parametrize("path", ["/api/conversations?q=a", "/api/conversations?q=a&limit=1", "/api/messages?q=a"])
 def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path):
-    monkeypatch.setattr("app.security.SEARCH_WAIT", 0.05)
+    monkeypatch.setattr("app.threads.SEARCH_WAIT", 0.05)
     other = create_other_client(ada)
 
     def search_again():

@@ -14,17 +14,16 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import generate_password_hash
 
 from app.security import (
-    MAX_SEARCHES,
     client_address,
     hash_password,
     is_common_password,
     log_failed_login,
     needs_rehash,
     rate_limiter,
-    run_search,
     verify_login,
     verify_password,
 )
+from app.threads import MAX_SEARCHES, run_search
 from tests.helpers.server import ROOT, TIMEOUT, run_all, run_concurrently
 
 ADDRESS = "192.0.2.1"
@@ -77,8 +76,9 @@ import gevent
 from flask import Flask
 from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.security import generate_password_hash
-from app import security
-from app.security import hash_password, run_in_threadpool, run_search, verify_password
+from app import threads
+from app.security import hash_password, verify_password
+from app.threads import run_in_threadpool, run_search
 
 app = Flask("security")
 app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
@@ -228,8 +228,8 @@ lock.release()
 def test_run_in_threadpool_uses_one_thread_per_core_and_refuses_a_long_queue():
     started, refused, error, after = run_gevent("""
 gevent.get_hub().exception_stream = None
-calls = [gevent.spawn(run_in_threadpool, block) for _ in range(security.THREADS * 100)]
-while len(started) < security.THREADS:
+calls = [gevent.spawn(run_in_threadpool, block) for _ in range(threads.THREADS * 100)]
+while len(started) < threads.THREADS:
     gevent.sleep(0.01)
 gevent.sleep(0.1)
 print(len(started))
@@ -293,7 +293,7 @@ def test_run_search_lets_searches_take_turns(user_ids, most):
 
 
 def test_run_search_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
-    monkeypatch.setattr("app.security.SEARCH_WAIT", 0.05)
+    monkeypatch.setattr("app.threads.SEARCH_WAIT", 0.05)
 
     def search_again():
         with pytest.raises(ServiceUnavailable) as caught:

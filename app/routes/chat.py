@@ -24,7 +24,7 @@ from app.responses import (
     hash_version,
     is_not_modified,
 )
-from app.security import run_search
+from app.threads import run_search
 from app.validation import (
     get_idempotency_key,
     get_int_arg,

@@ -1,0 +1,93 @@
+"""Slow work in native threads, which leave gevent's event loop to other clients: hashing and searching."""
+
+import os
+import sys
+import threading
+from contextlib import ExitStack
+from contextvars import copy_context
+from functools import cache
+from weakref import WeakValueDictionary
+
+from werkzeug.exceptions import ServiceUnavailable
+
+try:
+    from gevent import monkey
+    from gevent.threadpool import ThreadPool
+except ImportError:  # installed only where gunicorn runs
+    monkey = None
+
+THREADS = os.cpu_count() or 1
+# A hash of the default cost takes about half a second, so the last in the queue waits for about five.
+MAX_QUEUED_PER_THREAD = 10
+QUEUE_RETRY_AFTER = 5  # seconds
+NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
+MAX_SEARCHES = 2  # at once in a process: a search reads all messages of its user
+SEARCH_WAIT = 10  # seconds that a search waits for the others
+
+search_slots = threading.BoundedSemaphore(MAX_SEARCHES)
+search_locks = WeakValueDictionary()  # by user
+hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
+
+
+def run_in_threadpool(func, *args):
+    """Hash in a native thread under gevent, where it would stop all clients, else directly.
+
+    Abort with 503 if too many calls are waiting.
+    """
+    if not is_gevent_used():
+        return func(*args)
+    if not hash_slots.acquire(blocking=False):
+        raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
+    try:
+        return get_threadpool(os.getpid(), "hashing").apply(call_with_low_priority, (func, *args))
+    finally:
+        hash_slots.release()
+
+
+def run_search(func, user_id, in_thread):
+    """Call a function that searches, one at a time for each user; with `in_thread`, in a native thread under gevent.
+
+    Abort with 503 after SEARCH_WAIT.
+    """
+    with ExitStack() as stack:
+        for lock in (search_locks.setdefault(user_id, threading.Lock()), search_slots):
+            if not lock.acquire(timeout=SEARCH_WAIT):
+                raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
+            stack.callback(lock.release)
+        if not (in_thread and is_gevent_used()):
+            return func()
+        threadpool = get_threadpool(os.getpid(), "search")
+        result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
+    if error:
+        raise error
+    return result
+
+
+def catch_error(func, *args):
+    """Return what a function returns, and the exception that it raises, which gevent would print."""
+    try:
+        return func(*args), None
+    except Exception as error:
+        return None, error
+
+
+def is_gevent_used():
+    """Return whether threads are gevent's greenlets."""
+    return monkey is not None and monkey.is_module_patched("threading")
+
+
+def call_with_low_priority(func, *args):
+    """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
+    if sys.platform == "linux":
+        niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+    return func(*args)
+
+
+@cache
+def get_threadpool(process_id, purpose):
+    """Return the pool of a process for hashing or searching: threads do not survive a fork.
+
+    It is not the hub's own, which looks up host names: these must not wait for hashes.
+    """
+    return ThreadPool(THREADS)
