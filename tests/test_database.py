@@ -191,9 +191,8 @@ def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app
     options = "%20".join(f"-c%20{name}%3D{value}" for name, (value, _) in POSTGRESQL_OPTIONS.items())
     settings = {"SECRET_KEY": "k" * 32, "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
     app = make_app(DATABASE_URL=f"{database}?options={options}", **settings)
-    with app.app_context(), db.engine.connect() as connection:
-        for name, (_, expected) in POSTGRESQL_OPTIONS.items():
-            assert connection.exec_driver_sql(f"SHOW {name}").scalar() == expected
+    for name, (_, expected) in POSTGRESQL_OPTIONS.items():
+        assert execute(app, f"SHOW {name}") == [(expected,)]
     ada = create_logged_in_client(app, "ada")
     messages = ada.send_message(ada.create_conversation(), "é ✓").json
     users = ada.get("/api/users/status").json

@@ -35,8 +35,6 @@ def add_conversations(app, client, count, messages=0):
 def execute(app, statement, **parameters):
     """Execute an SQL statement in a transaction and return its rows as tuples, if it returns any."""
     with app.app_context(), db.engine.begin() as connection:
-        if db.engine.dialect.name == "postgresql":
-            connection.exec_driver_sql("SET LOCAL statement_timeout = 0")  # many rows may take a busy machine long
         result = connection.execute(db.text(statement), parameters)
         return [tuple(row) for row in result] if result.returns_rows else None
 
