@@ -141,7 +141,7 @@ def test_page_1000_takes_no_more_work_than_page_100(app, ada, many_rows):
 
 @pytest.mark.parametrize("path", ["/api/conversations?limit=20&q=nowhere", "/api/messages?q=nowhere"])
 def test_search_reads_messages_of_the_caller_only(app, ada, bob, path):
-    add_conversations(app, ada, 20, messages=20)
+    add_conversations(app, ada, 5, messages=20)
     add_conversations(app, bob, 600, messages=20)
     execute(app, "ANALYZE")
     with record_queries(app) as queries:
