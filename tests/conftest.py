@@ -19,16 +19,14 @@ from config import SETTINGS, Config
 # Empty counts as unset: neither the environment nor a developer's .env reaches a test, in subprocesses either.
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
-import app.replies
-from app import create_app, db
+from app import create_app, db, replies
 from app.bot import create_bot
-from app.replies import ReplyManager
 from app.security import rate_limiter
 from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
 # Tests do not wait for what another process saves, or requests, as long as users do.
-app.replies.POLL_INTERVAL, app.replies.SAVE_INTERVAL = 0.1, 0.2
+replies.POLL_INTERVAL, replies.SAVE_INTERVAL = 0.1, 0.2
 
 PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"
@@ -198,7 +196,7 @@ def reuse_app(app, config, bot):
     """Give an application what create_app() gives to a new one: it counts nothing, and no session is open."""
     app.config["SESSIONS_VALID_FROM"] = Config(config).SESSIONS_VALID_FROM
     rate_limiter.init_app(app)
-    app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    app.extensions["replies"] = replies.ReplyManager(app, bot or create_bot(app.config))
     return app
 
 

@@ -106,20 +106,17 @@ def test_edit_is_shown_from_first_chunk_on(ada, bot, gate, conversation_id, mess
     assert ada.list_messages(conversation_id) == [*messages[:2], question, {**reply, "text": "New "}]
 
 
-def test_reply_of_pending_edit_can_be_read_and_followed(ada, bot, gate, conversation_id, messages):
+@pytest.mark.parametrize("index", [0, 1], ids=["question", "reply"])
+def test_reply_of_pending_edit_can_be_read_and_followed(ada, bot, gate, conversation_id, messages, monkeypatch, index):
+    monkeypatch.setattr("app.replies.SILENCE_INTERVAL", 0.1)  # the head comes before the first chunk
     bot.scripts = {"Edited": [gate.wait, "New ", "reply"]}
-    question, reply = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    assert ada.get_message(conversation_id, reply["id"]).json == reply
-    clients = create_other_client(ada), create_other_client(ada)
-    with run_in_background(
-        lambda: clients[0].follow_reply(conversation_id, reply["id"]),
-        lambda: clients[1].follow_reply(conversation_id, question["id"]),
-    ) as followers:
-        gate.set()
-    for follower in followers:
-        events = read_events(follower.result())
-        assert events[0][:2] == ("start", [question, reply])
-        assert events[-1][:2] == ("done", ada.list_messages(conversation_id)[2:])
+    exchange = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
+    assert ada.get_message(conversation_id, exchange[1]["id"]).json == exchange[1]
+    response = ada.follow_reply(conversation_id, exchange[index]["id"], buffered=False)
+    gate.set()
+    events = read_events(response)
+    assert events[0][:2] == ("start", exchange)
+    assert events[-1][:2] == ("done", ada.list_messages(conversation_id)[2:])
 
 
 FAILURES = {

@@ -16,7 +16,7 @@ ADD_CONVERSATIONS = """INSERT INTO conversation (name, user_id, created_at, upda
     SELECT name, "user".id, created_at, updated_at FROM conversation, "user" WHERE "user".id >= 100"""
 ADD_MESSAGES = """INSERT INTO message (sender, text, conversation_id, created_at)
     SELECT sender, text, conversation.id, message.created_at FROM conversation, message
-    WHERE conversation.user_id >= 100 AND message.conversation_id = 1"""
+    WHERE conversation.user_id >= 100 AND message.conversation_id = 1 AND conversation.user_id % 10 = :part"""
 REQUESTS = {
     "list": ("GET", "/api/conversations"),
     "list with messages": ("GET", "/api/conversations?messages=1"),
@@ -45,8 +45,10 @@ BODY = {"name": "New", "text": "Hello", "username": "ada", "password": PASSWORD}
 def many_rows(app, ada, bob):
     """A conversation of ada with 1,100 messages, among 1,100 of hers and eight of each of 1,100 other users."""
     add_conversations(app, bob, 8, messages=2)
-    for statement in (ADD_USERS, ADD_CONVERSATIONS, ADD_MESSAGES):
+    for statement in (ADD_USERS, ADD_CONVERSATIONS):
         execute(app, statement)
+    for part in range(10):  # a statement may not take longer than statement_timeout
+        execute(app, ADD_MESSAGES, part=part)
     [id] = add_conversations(app, ada, 1, messages=1100)
     add_conversations(app, ada, 1100, messages=2)
     execute(app, "ANALYZE")
@@ -137,16 +139,16 @@ def test_page_1000_takes_no_more_work_than_page_100(app, ada, many_rows):
         assert [scans for _, scans, _ in plans[1] if scans] == [], path
 
 
-def test_search_reads_messages_of_the_caller_only(app, ada, bob):
-    add_conversations(app, ada, 20, messages=20)
+@pytest.mark.parametrize("path", ["/api/conversations?limit=20&q=nowhere", "/api/messages?q=nowhere"])
+def test_search_reads_messages_of_the_caller_only(app, ada, bob, path):
+    add_conversations(app, ada, 5, messages=20)
     add_conversations(app, bob, 600, messages=20)
     execute(app, "ANALYZE")
-    for path in ("/api/conversations?limit=20&q=nowhere", "/api/messages?q=nowhere"):
-        with record_queries(app) as queries:
-            assert ada.get(path).json == []
-        indexes, scans = explain_queries(app, queries[-1:])
-        assert "ix_message_conversation_id_id" in indexes, path
-        assert [scan for scan, _ in scans if "message" in scan] == [], path
+    with record_queries(app) as queries:
+        assert ada.get(path).json == []
+    indexes, scans = explain_queries(app, queries[-1:])
+    assert "ix_message_conversation_id_id" in indexes
+    assert [scan for scan, _ in scans if "message" in scan] == []
 
 
 PATHS = [

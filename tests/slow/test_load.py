@@ -95,7 +95,7 @@ def test_500_open_streams_do_not_slow_down_others(serve, database):
                 return [*events, *stream]
 
         with run_in_background(lambda: run_concurrently(500, follow)) as [following]:
-            wait_until(lambda: len(delays) == 500 or following.done())
+            wait_until(lambda: len(delays) == 500 or following.done(), 5 * TIMEOUT)
             latencies.check()
             check_no_transaction(database)
             assert not following.done()

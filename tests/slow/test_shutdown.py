@@ -97,6 +97,7 @@ def terminate_with_connections(url):
             return [event for event, _, _ in other.stream("POST", path, {"text": "/slow 60"})]
 
     def terminate_server():
+        wait_until(lambda: sum(bool(each["messages"]) for each in client.get("/api/conversations").json) == 3)
         time.sleep(3)
         return server.terminate()
 
@@ -126,15 +127,20 @@ def terminate_with_incomplete_request(url):
 
 def terminate_while_hashing(url):
     """Terminate a server while it hashes a password; return the response and the exit status."""
-    server = Server(DATABASE_URL=url, **SETTINGS | {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:2000000"})
+    server = Server(DATABASE_URL=url, **SETTINGS | {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:1000000"})
+    [worker] = server.all_workers(1)
+
+    def count_threads():
+        return len(os.listdir(f"/proc/{worker}/task"))
 
     def terminate_server():
-        time.sleep(0.3)
+        wait_until(lambda: count_threads() > threads)  # one of them hashes
         return server.terminate()
 
     try:
         with server.client() as client:
             assert client.get("/api/test").status == 200  # the worker is ready
+            threads = count_threads()
             return run_all(lambda: client.signup("ada"), terminate_server)
     finally:
         server.kill()
