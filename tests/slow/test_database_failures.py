@@ -302,7 +302,7 @@ def run_expecting_failure(prefix, url):
     return process.stdout + process.stderr
 
 
-UNUSABLE = "Error: the database of DATABASE_URL cannot be used: .+\n"
+UNUSABLE = r"\[.+ Starting gunicorn .+\nError: the database of DATABASE_URL cannot be used: .+\n"
 
 
 @pytest.mark.parametrize("path", ["read-only/chat.db", "missing/chat.db", "", "read-only.db", "no-database.db"])
