@@ -20,8 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 
 MAX_ID = 2**63 - 1
-# A page that has more ends early. JSON makes a text up to six times longer, and so has 4 MiB at most.
+# A page whose texts have more ends early. JSON makes a text up to six times longer, so that a page has at most 4 MiB.
 MAX_PAGE_BYTES = 4 * 2**20 // 6
+ITEM_BYTES = 25  # that count for the other fields of a message or a conversation, which have up to 150 bytes of JSON
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 

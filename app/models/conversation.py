@@ -28,7 +28,16 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import MAX_PAGE_BYTES, autocommit, contains, database_now, fold_case, json_array
+from app.database import (
+    ITEM_BYTES,
+    MAX_PAGE_BYTES,
+    autocommit,
+    contains,
+    database_now,
+    fold_case,
+    json_array,
+    octet_length,
+)
 from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
@@ -74,7 +83,7 @@ class Conversation(db.Model):
 
     @classmethod
     def count_fitting(cls, user_id, **filters):
-        """Return how many of the first conversations have MAX_PAGE_BYTES of newest messages together at most.
+        """Return how many of the first conversations have at most MAX_PAGE_BYTES together, with their newest messages.
 
         SQLite measures the messages of a conversation when its row is fetched, and none of those beyond the page.
         """
@@ -96,10 +105,10 @@ class Conversation(db.Model):
     @classmethod
     @cache  # as that of select_for_user()
     def select_size(cls, *filters):
-        """Select the sizes of conversations with their newest messages in bytes; `filters`: see select_for_user()."""
+        """Select the sizes of conversations with their newest messages; `filters`: see select_for_user()."""
         newest = Message.select_newest(cls.id, bindparam("messages")).subquery()
-        size = select(func.coalesce(func.sum(newest.c.size), 0)).scalar_subquery()
-        return cls.select_for_user(*filters).with_only_columns(size)
+        messages_size = select(func.coalesce(func.sum(newest.c.size), 0)).scalar_subquery()
+        return cls.select_for_user(*filters).with_only_columns(octet_length(cls.name) + ITEM_BYTES + messages_size)
 
     @classmethod
     @cache  # building this statement takes a tenth of the time of a request that is answered with 304
