@@ -7,6 +7,8 @@ from sqlalchemy import event
 
 from app import db
 from app.bot import BotBusy, BotError, BotTimeout
+from app.models import Message
+from app.models.conversation import Exchange
 from tests.conftest import SHARED_SESSIONS, create_logged_in_client, create_other_client
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, join_deltas, read_events
 from tests.helpers.data import get_texts
@@ -364,6 +366,18 @@ def test_edit_after_regenerations_keeps_ids_in_order(make_app, bot):
     ids = [message["id"] for message in client.list_messages(conversation_id)]
     assert ids == sorted(ids)
     assert get_texts(client.list_messages(conversation_id)) == ["Hello", "Hello there.", "Next", "Hello there."]
+
+
+def test_exchange_of_a_message_that_was_read_before_an_edit_has_the_new_text_and_reply(
+    app, ada, conversation_id, other_process
+):
+    question, _ = ada.send_message(conversation_id).json
+    with app.app_context():
+        message = Message.get(conversation_id, question["id"])
+        db.session.commit()
+        edited = other_process.edit_message(conversation_id, question["id"], "Edited").json
+        exchange = Exchange.get(ada.user_id, message)
+    assert [exchange.question, exchange.reply] == edited
 
 
 def test_follow_at_any_time_of_an_edit_succeeds(ada, conversation_id, messages, other_process):

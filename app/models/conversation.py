@@ -272,8 +272,11 @@ class Exchange:
     @classmethod
     def get(cls, user_id, message):
         """Return the exchange that a message of the user's conversation belongs to, or None if it has no reply."""
-        is_question = message.sender == "user"
-        question, reply = (message, message.get_reply()) if is_question else (message.get_question(), message)
+        if message.sender == "user":
+            reply = message.get_reply()
+            question = Message.get(message.conversation_id, message.id)  # again: the reply may be that of a later edit
+        else:
+            question, reply = message.get_question(), message
         if not (question and reply):
             return None
         fields = question.to_dict()

@@ -112,12 +112,14 @@ class Message(db.Model):
 
     @classmethod
     def get(cls, conversation_id, id):
-        """Return a message of a conversation, or None. The user's message of a pending edit has no id of its own."""
-        return db.session.scalar(
-            select(cls).where(
-                cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
-            )
+        """Return a message of a conversation as it is now, or None.
+
+        The user's message of a pending edit has no id of its own.
+        """
+        query = select(cls).where(
+            cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
         )
+        return db.session.scalar(query, execution_options={"populate_existing": True})
 
     @classmethod
     def get_pending_edit(cls, conversation_id, sender):
