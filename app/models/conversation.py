@@ -116,13 +116,15 @@ class Conversation(db.Model):
         """Select the conversations of the parameter `user_id`. The filters are names of further parameters.
 
         `select_for_user("limit", "before")`, for instance, has the parameters user_id, limit and before.
-        `id`: only that one. `folded`: those with this text, from fold_case(), in the name or a message. `limit`: so
-        many, the newest first, `before`: of ids below it. `recent`: by the last change, the latest first;
-        `last_updated_at` and `last_id`: those that follow this one. Without any of these: all, the oldest first.
+        `id`: only that one. `ids`: only these. `folded`: those with this text, from fold_case(), in the name or a
+        message. `limit`: so many, the newest first, `before`: of ids below it. `recent`: by the last change, the latest
+        first; `last_updated_at` and `last_id`: those that follow this one. Without any of these: all, the oldest first.
         """
         query = select(*cls.__table__.columns).where(cls.user_id == bindparam("user_id"))
         if "id" in filters:
             query = query.where(cls.id == bindparam("id"))
+        if "ids" in filters:
+            query = query.where(cls.id.in_(bindparam("ids", expanding=True)))
         if "folded" in filters:
             query = query.where(cls.search(bindparam("folded", type_=Text)))
         if "before" in filters:
