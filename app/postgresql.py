@@ -66,7 +66,7 @@ class ConnectionAttempt(Thread):
             self.connection.close()
 
     def get_connection(self, timeout):
-        """Return the connection within some seconds. Raises why it cannot be opened, or OperationalError."""
+        """Return the connection. Raises the error of the attempt, or OperationalError after `timeout` seconds."""
         self.join(timeout)
         self.is_late = self.is_alive()
         if self.is_late:
