@@ -21,9 +21,15 @@ def app(make_app, bot):
 
 
 @pytest.fixture
-def other_process(make_app, ada):
+def other_bot():
+    """The bot of the other process."""
+    return ScriptedBot("From the other process")
+
+
+@pytest.fixture
+def other_process(make_app, other_bot, ada):
     """A client with the session of ada at an application that generates its replies by itself."""
-    return create_other_client(ada, make_app(ScriptedBot("From the other process"), **SHARED_SESSIONS))
+    return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
 
 
 @pytest.fixture
@@ -225,9 +231,9 @@ def test_edit_while_other_message_is_being_edited_returns_409(ada, bot, gate, co
 
 
 def test_of_two_concurrent_edits_with_different_texts_one_returns_409(
-    ada, bot, gate, conversation_id, messages, joiner
+    ada, bot, other_bot, gate, conversation_id, messages, joiner
 ):
-    bot.steps = [gate.wait, "New reply"]
+    bot.steps = other_bot.steps = [gate.wait, "New reply"]
     responses = run_all(
         lambda: ada.edit_message(conversation_id, messages[2]["id"], "One", headers=ASYNC),
         lambda: joiner.edit_message(conversation_id, messages[2]["id"], "Two", headers=ASYNC),
