@@ -20,8 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 
 MAX_ID = 2**63 - 1
-# A page that has more ends early. JSON makes a text up to six times longer, and so has 4 MiB at most.
+# A page ends before its texts have more than this. JSON makes a text up to six times longer: a page has at most 4 MiB.
 MAX_PAGE_BYTES = 4 * 2**20 // 6
+ITEM_BYTES = 25  # for the other fields of a message or a conversation, which take up to 150 bytes of JSON
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 
@@ -130,7 +131,7 @@ def compile_octet_length_for_postgresql(element, compiler, **kw):
 
 
 def limit_size(query):
-    """Select the first rows of a query of (id, size), in descending order of ids: MAX_PAGE_BYTES, but at least one."""
+    """Select the rows of a query of (id, size) with the highest ids: as many as MAX_PAGE_BYTES allows, at least one."""
     rows = query.subquery()
     total = func.sum(rows.c.size).over(order_by=rows.c.id.desc())
     page = select(rows, total.label("total")).subquery()

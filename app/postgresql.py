@@ -7,7 +7,8 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import event
 
 CONNECT_TIMEOUT = 6  # seconds for a new connection, unless connect_timeout in DATABASE_URL is longer
-MIN_ADDRESS_TIMEOUT = 2  # seconds of these for each address; psycopg takes less for this
+MIN_ADDRESS_TIMEOUT = 2  # seconds of these for each address: psycopg raises a shorter time to this
+ADDRESSES_PER_HOST = 2  # as a rule: one of IPv6, and one of IPv4
 PING_TIMEOUT = 3  # seconds for the ping of a connection from the pool
 ANSWER_TIMEOUT = 11  # seconds for a statement: more than the server's own limit, see TIMEOUTS
 # What the program relies on. A pooler such as PgBouncer in transaction mode keeps these for each of its clients.
@@ -39,8 +40,8 @@ def configure_engine(engine):
 
 def connect(dialect, record, args, kwargs):
     """Return a new connection, see open_connection(). Raises OperationalError if it takes too long."""
-    hosts = kwargs.get("host", "").split(",")
-    kwargs = {"connect_timeout": max(CONNECT_TIMEOUT // len(hosts), MIN_ADDRESS_TIMEOUT), **kwargs}
+    address_count = ADDRESSES_PER_HOST * len(kwargs.get("host", "").split(","))
+    kwargs = {"connect_timeout": max(CONNECT_TIMEOUT // address_count, MIN_ADDRESS_TIMEOUT), **kwargs}
     attempt = ConnectionAttempt(args, kwargs)
     attempt.start()
     return attempt.get_connection(max(CONNECT_TIMEOUT, kwargs["connect_timeout"]))
@@ -65,7 +66,7 @@ class ConnectionAttempt(Thread):
             self.connection.close()
 
     def get_connection(self, timeout):
-        """Return the connection within some seconds. Raises why it cannot be opened, or OperationalError."""
+        """Return the connection. Raises the error of the attempt, or OperationalError after `timeout` seconds."""
         self.join(timeout)
         self.is_late = self.is_alive()
         if self.is_late:

@@ -22,7 +22,7 @@ MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
 NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
 MAX_SEARCHES = 2  # at once in a process: a search reads all messages of its user
-SEARCH_WAIT = 10  # seconds that a search waits for the others
+SEARCH_WAIT = 10  # seconds that a search waits for the user's others, and then as many for those of other users
 
 search_slots = threading.BoundedSemaphore(MAX_SEARCHES)
 search_locks = WeakValueDictionary()  # by user
@@ -30,7 +30,7 @@ hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
 def run_in_threadpool(func, *args):
-    """Hash in a native thread under gevent, where it would stop all clients, else directly.
+    """Call a function that hashes: under gevent in a native thread, as it would stop all clients, else directly.
 
     Abort with 503 if too many calls are waiting.
     """

@@ -7,6 +7,8 @@ from sqlalchemy import event
 
 from app import db
 from app.bot import BotBusy, BotError, BotTimeout
+from app.models import Message
+from app.models.conversation import Exchange
 from tests.conftest import SHARED_SESSIONS, create_logged_in_client, create_other_client
 from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, join_deltas, read_events
 from tests.helpers.data import get_texts
@@ -19,9 +21,15 @@ def app(make_app, bot):
 
 
 @pytest.fixture
-def other_process(make_app, ada):
+def other_bot():
+    """The bot of the other process."""
+    return ScriptedBot("From the other process")
+
+
+@pytest.fixture
+def other_process(make_app, other_bot, ada):
     """A client with the session of ada at an application that generates its replies by itself."""
-    return create_other_client(ada, make_app(ScriptedBot("From the other process"), **SHARED_SESSIONS))
+    return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
 
 
 @pytest.fixture
@@ -223,9 +231,9 @@ def test_edit_while_other_message_is_being_edited_returns_409(ada, bot, gate, co
 
 
 def test_of_two_concurrent_edits_with_different_texts_one_returns_409(
-    ada, bot, gate, conversation_id, messages, joiner
+    ada, bot, other_bot, gate, conversation_id, messages, joiner
 ):
-    bot.steps = [gate.wait, "New reply"]
+    bot.steps = other_bot.steps = [gate.wait, "New reply"]
     responses = run_all(
         lambda: ada.edit_message(conversation_id, messages[2]["id"], "One", headers=ASYNC),
         lambda: joiner.edit_message(conversation_id, messages[2]["id"], "Two", headers=ASYNC),
@@ -364,6 +372,18 @@ def test_edit_after_regenerations_keeps_ids_in_order(make_app, bot):
     ids = [message["id"] for message in client.list_messages(conversation_id)]
     assert ids == sorted(ids)
     assert get_texts(client.list_messages(conversation_id)) == ["Hello", "Hello there.", "Next", "Hello there."]
+
+
+def test_exchange_of_a_message_that_was_read_before_an_edit_has_the_new_text_and_reply(
+    app, ada, conversation_id, other_process
+):
+    question, _ = ada.send_message(conversation_id).json
+    with app.app_context():
+        message = Message.get(conversation_id, question["id"])
+        db.session.commit()
+        edited = other_process.edit_message(conversation_id, question["id"], "Edited").json
+        exchange = Exchange.get(ada.user_id, message)
+    assert [exchange.question, exchange.reply] == edited
 
 
 def test_follow_at_any_time_of_an_edit_succeeds(ada, conversation_id, messages, other_process):

@@ -1,7 +1,9 @@
 """Searching conversations and messages."""
 
 import pytest
+from sqlalchemy import event
 
+from app import db
 from app.database import fold_case
 from app.models.message import find_text
 from app.threads import run_search
@@ -257,6 +259,23 @@ def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path
         {"error": "The server is busy, try again later"},
         "5",
     )
+
+
+@on_sqlite
+def test_search_of_a_page_folds_each_text_once(app, ada):
+    add_conversations(app, ada, 3, messages=2)
+    texts = []
+
+    def record_texts(connection, record, proxy):
+        connection.create_function("fold_case", 1, lambda text: texts.append(text) or fold_case(text))
+
+    with app.app_context():
+        event.listen(db.engine, "checkout", record_texts)
+        try:
+            assert len(ada.list_conversations(q="text 1", limit=20)) == 3
+        finally:
+            event.remove(db.engine, "checkout", record_texts)
+    assert len(texts) == 3 * (1 + 2)
 
 
 def test_empty_q_means_no_search(app, ada):

@@ -12,7 +12,16 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, f
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import fold_case, format_timestamp, iso8601, json_object, limit_size, octet_length, partial_index
+from app.database import (
+    ITEM_BYTES,
+    fold_case,
+    format_timestamp,
+    iso8601,
+    json_object,
+    limit_size,
+    octet_length,
+    partial_index,
+)
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -88,8 +97,9 @@ class Message(db.Model):
 
     @classmethod
     def select_newest(cls, conversation_id, limit, before=None):
-        """Select the ids and the sizes in bytes of a conversation's newest messages."""
-        query = cls.select_ids(conversation_id, before).add_columns(octet_length(cls.text).label("size"))
+        """Select the ids of a conversation's newest messages, and their sizes, which MAX_PAGE_BYTES limits."""
+        size = octet_length(cls.text) + ITEM_BYTES
+        query = cls.select_ids(conversation_id, before).add_columns(size.label("size"))
         return query.order_by(cls.id.desc()).limit(limit)
 
     @classmethod
@@ -102,12 +112,14 @@ class Message(db.Model):
 
     @classmethod
     def get(cls, conversation_id, id):
-        """Return a message of a conversation, or None. The user's message of a pending edit has no id of its own."""
-        return db.session.scalar(
-            select(cls).where(
-                cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
-            )
+        """Return a message of a conversation as it is now, or None.
+
+        The user's message of a pending edit has no id of its own.
+        """
+        query = select(cls).where(
+            cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
         )
+        return db.session.scalar(query, execution_options={"populate_existing": True})
 
     @classmethod
     def get_pending_edit(cls, conversation_id, sender):

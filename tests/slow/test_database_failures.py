@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from app import create_app
+from app import create_app, db
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
 from tests.helpers.server import (
     PASSWORD,
@@ -276,6 +276,18 @@ def test_host_that_answers_is_used_after_silent_ones(silent_hosts, postgresql):
     hosts = ",".join([*silent_hosts.split(",")[:2], f"127.0.0.1:{postgresql.port}"])
     with run_server(f"postgresql://chat@{hosts}/postgres") as server, server.client() as client:
         assert client.signup("ada").status == 201
+
+
+def test_second_address_of_a_host_is_used_if_the_first_is_silent(postgresql, monkeypatch):
+    addresses = [
+        socket.getaddrinfo(ip, postgresql.port, proto=socket.IPPROTO_TCP)[0] for ip in ("127.0.0.2", "127.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: addresses)
+    app = create_app({"DATABASE_URL": f"postgresql://chat@db.example:{postgresql.port}/postgres"})
+    with socket.create_server(("127.0.0.2", postgresql.port)), app.app_context():
+        with db.engine.connect() as connection:
+            assert connection.scalar(db.text("SELECT 1")) == 1
+        db.engine.dispose()
 
 
 @pytest.fixture
