@@ -19,7 +19,8 @@ from pathlib import Path
 import gevent
 from flask.logging import default_handler
 from gevent.socket import wait_write
-from gunicorn import glogging, sock
+from gunicorn import glogging
+from gunicorn import sock as gunicorn_sock
 from gunicorn.http import errors
 from gunicorn.util import close_graceful
 from gunicorn.workers.ggevent import GeventWorker
@@ -331,7 +332,7 @@ def check_certificate(cfg):
     """Exit with one line if gunicorn is to serve HTTPS and cannot: it would find that out in each worker."""
     try:
         if cfg.is_ssl:
-            sock.ssl_context(cfg)
+            gunicorn_sock.ssl_context(cfg)
     except (OSError, TypeError) as error:
         sys.exit(f"Error: --certfile {cfg.certfile} with --keyfile {cfg.keyfile} cannot be used: {error}")
 

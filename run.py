@@ -16,7 +16,7 @@ def main():
     if find_spec("gunicorn"):
         from gevent import monkey
 
-        monkey.patch_all()  # before anything else is imported
+        monkey.patch_all()  # before the application and gunicorn are imported
         serve_with_gunicorn()
     else:
         serve_with_flask()

@@ -150,11 +150,14 @@ class ReplyStream:
                     yield text
                 if completion.is_over:
                     break
-        except (OSError, HTTPException, BotError) as error:
+        except ContextExceeded:
+            if not completion.has_text:
+                raise
             if not completion.is_finished:
-                if not (isinstance(error, ContextExceeded) and completion.has_text):
-                    raise
                 completion.finish_reason = "length"
+        except (OSError, HTTPException, BotError):
+            if not completion.is_finished:
+                raise
         completion.check_end()
 
 

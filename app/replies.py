@@ -398,7 +398,7 @@ class ReplyManager:
         for reply in ended:
             self.ended.popleft()
             is_deleted = reply in discarded or reply.id in lost_ids
-            if is_deleted:
+            if is_deleted and reply.error:
                 self.keep_error(reply)
             if self.replies.get(reply.id) is reply:  # not its retry
                 del self.replies[reply.id]
@@ -407,7 +407,7 @@ class ReplyManager:
 
     def keep_error(self, reply):
         """Keep the error of a reply that was deleted, but of the last MAX_ERRORS only."""
-        self.errors[reply.id] = reply.error or NotFound("Conversation not found")
+        self.errors[reply.id] = reply.error.with_traceback(None)  # whose frames have the history
         if len(self.errors) > MAX_ERRORS:
             del self.errors[next(iter(self.errors))]
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
 from functools import cache
 from weakref import WeakValueDictionary
@@ -80,7 +80,8 @@ def call_with_low_priority(func, *args):
     """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
     if sys.platform == "linux":
         niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        with suppress(PermissionError):  # the process was given a higher priority since
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
     return func(*args)
 
 

@@ -43,14 +43,14 @@ BODY = {"name": "New", "text": "Hello", "username": "ada", "password": PASSWORD}
 
 @pytest.fixture
 def many_rows(app, ada, bob):
-    """A conversation of ada with 1,100 messages, among 1,100 of hers and eight of each of 1,100 other users."""
+    """A conversation of ada with 1,100 messages, among 2,000 of hers and eight of each of 1,100 other users."""
     add_conversations(app, bob, 8, messages=2)
     for statement in (ADD_USERS, ADD_CONVERSATIONS):
         execute(app, statement)
     for part in range(10):  # a statement may not take longer than statement_timeout
         execute(app, ADD_MESSAGES, part=part)
     [id] = add_conversations(app, ada, 1, messages=1100)
-    add_conversations(app, ada, 1100, messages=2)
+    add_conversations(app, ada, 2000, messages=2)
     execute(app, "ANALYZE")
     return id
 

@@ -96,8 +96,8 @@ def list_page(filters):
     else:
         filters["limit"] = 1
     rows = Conversation.list_for_user(current_user.id, **filters)
-    has_next_page = rows and len(versions) > filters["limit"]
-    next_page = get_next_page(rows[-1], "recent" in filters) if has_next_page else None
+    has_next_page = len(versions) > filters["limit"]
+    next_page = get_next_page(rows[-1], "recent" in filters) if rows and has_next_page else None
     return conditional_response([conversation_to_dict(row, has_details=True) for row in rows], etag, next_page)
 
 
@@ -251,9 +251,10 @@ def list_messages(conversation_id):
     if is_not_modified(etag):
         return conditional_response(None, etag)
     rows = db.session.execute(Message.select_page(conversation_id, limit, before)).all()
-    older = Message.select_ids(conversation_id, before=rows[0].id) if rows else None
-    has_next_page = rows and db.session.scalar(older.order_by(Message.id.desc()).limit(1))
-    next_page = {"before": rows[0].id} if has_next_page else None
+    next_page = None
+    if rows:
+        older = Message.select_ids(conversation_id, before=rows[0].id).order_by(Message.id.desc())
+        next_page = db.session.scalar(older.limit(1)) and {"before": rows[0].id}
     return conditional_response([Fragment(row.json) for row in rows], etag, next_page)
 
 
