@@ -5,6 +5,7 @@ The master process imports the application, whose memory its workers share.
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import ssl
@@ -326,6 +327,11 @@ def on_starting(server):
     """Migrate the database before any worker starts, if the certificate can be used."""
     check_certificate(server.cfg)
     upgrade_schema(server.app.wsgi())
+
+
+def pre_fork(server, worker):
+    """Leave what is imported out of garbage collections: they would copy that memory, which the workers share."""
+    gc.freeze()
 
 
 def check_certificate(cfg):
