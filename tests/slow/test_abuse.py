@@ -1,6 +1,7 @@
 """Eight abusive clients at once, and a well-behaved one that must not notice.
 
-ABUSE_SECONDS sets how long the test lasts: a minute by default, 3600 for an hour.
+It lasts a minute, in which nothing may be lost. With ABUSE_SECONDS it lasts as long as that says, such as 3600, and the
+latencies count, too: for this the machine must do nothing else.
 """
 
 import os
@@ -9,15 +10,10 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from itertools import cycle
 from multiprocessing import get_context
-from pathlib import Path
-
-import pytest
 
 from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all, record_measurement
 
-ABUSE_SECONDS = int(os.environ.get("ABUSE_SECONDS", "60"))
-CALM_SECONDS = 5  # without abuse
-MAX_BUSY = 0.25  # share of the processors that other programs use meanwhile
+ABUSE_SECONDS = os.environ.get("ABUSE_SECONDS")
 MAX_LATENCY = 1  # seconds, at the 99th percentile
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
@@ -186,20 +182,6 @@ def behave_well(client, seconds):
     return latencies
 
 
-def measure_busy_share(func, *args):
-    """Return the share of the processors' time that is used while a function runs."""
-    before = read_processor_times()
-    func(*args)
-    used, idle = (after - earlier for after, earlier in zip(read_processor_times(), before, strict=True))
-    return used / (used + idle)
-
-
-def read_processor_times():
-    """Return the time that the processors have been used and idle."""
-    user, nice, system, idle, waiting, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return user + nice + system + sum(others), idle + waiting
-
-
 def get_percentile(values, percent):
     return sorted(values)[int(len(values) * percent / 100)]
 
@@ -207,10 +189,8 @@ def get_percentile(values, percent):
 def test_abusive_clients_do_not_slow_down_others(serve):
     server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
     workers = server.all_workers()
-    with server.create_logged_in_client("ada") as client:
-        busy_share = measure_busy_share(behave_well, client, CALM_SECONDS)
-        with run_abuses(server) as rounds:
-            latencies = behave_well(client, ABUSE_SECONDS)
+    with server.create_logged_in_client("ada") as client, run_abuses(server) as rounds:
+        latencies = behave_well(client, int(ABUSE_SECONDS or 60))
     for name, counter in rounds.items():
         record_measurement(f"{name}: rounds", counter.value)
     for name, values in latencies.items():
@@ -220,8 +200,6 @@ def test_abusive_clients_do_not_slow_down_others(serve):
     assert server.workers() == workers
     assert "Traceback" not in server.output
     assert PASSWORD not in server.output
-    record_measurement("share of the processors that other programs use", busy_share)
-    if busy_share > MAX_BUSY:
-        pytest.skip("other programs use the processors, so that latencies say nothing; all else is as it should be")
-    for name, values in latencies.items():
-        assert get_percentile(values, 99) < MAX_LATENCY, name
+    if ABUSE_SECONDS:
+        for name in ("GET /api/test", "send"):
+            assert get_percentile(latencies[name], 99) < MAX_LATENCY, name
