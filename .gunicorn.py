@@ -86,7 +86,7 @@ class Logger(glogging.Logger):
 
     def setup(self, cfg):
         super().setup(cfg)
-        if os.environ["LOG_FORMAT"] == "json":
+        if os.environ.get("LOG_FORMAT") == "json":
             for handler in [*self.error_log.handlers, *self.access_log.handlers]:
                 handler.setFormatter(JsonFormatter(datefmt=TIME_FORMAT))
 

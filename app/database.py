@@ -17,7 +17,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
-from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 
 MAX_ID = 2**63 - 1
 # A page ends before its texts have more than this. JSON makes a text up to six times longer: a page has at most 4 MiB.
@@ -113,8 +113,8 @@ def json_array(column):
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
 
 
-class octet_length(FunctionElement):
-    """`octet_length(column)` is the length of a text in bytes."""
+class octet_length(GenericFunction):
+    """`octet_length(column)` is the length of a text in bytes, by PostgreSQL's function of this name."""
 
     type = BigInteger()
     inherit_cache = True
@@ -123,11 +123,6 @@ class octet_length(FunctionElement):
 @compiles(octet_length, "sqlite")
 def compile_octet_length_for_sqlite(element, compiler, **kw):
     return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
-
-
-@compiles(octet_length, "postgresql")
-def compile_octet_length_for_postgresql(element, compiler, **kw):
-    return f"octet_length({compiler.process(element.clauses, **kw)})"
 
 
 def limit_size(query):

@@ -242,13 +242,18 @@ def test_page_shows_why_a_reply_failed_and_regenerates_it(chat):
     assert chat.stored() == [("/drop 3", None), ("1 2 3", "failed")]
 
 
+def check_reload_resumes_a_reply(page):
+    """Assert that a page that is reloaded in the middle of a reply shows all of it."""
+    page.send("/slow 6")
+    page.wait_for(".assistant", "1 2")
+    with page.expect_reply("GET"):
+        page.reload()
+    assert page.texts() == ["/slow 6", "1 2 3 4 5 6"]
+    assert page.stored() == [(text, None) for text in page.texts()]
+
+
 def test_reloaded_page_resumes_a_reply(chat):
-    chat.send("/slow 6")
-    chat.wait_for(".assistant", "1 2")
-    with chat.expect_reply("GET"):
-        chat.reload()
-    assert chat.texts() == ["/slow 6", "1 2 3 4 5 6"]
-    assert chat.stored() == [(text, None) for text in chat.texts()]
+    check_reload_resumes_a_reply(chat)
 
 
 def test_page_that_lost_the_connection_resumes_a_reply_when_it_is_shown_again(chat):
@@ -298,12 +303,7 @@ def test_assistant_ui_edits_a_message(assistant_ui):
 
 
 def test_assistant_ui_resumes_a_reply_after_a_reload(assistant_ui):
-    assistant_ui.send("/slow 6")
-    assistant_ui.wait_for(".assistant", "1 2")
-    with assistant_ui.expect_reply("GET"):
-        assistant_ui.reload()
-    assert assistant_ui.texts() == ["/slow 6", "1 2 3 4 5 6"]
-    assert assistant_ui.stored() == [(text, None) for text in assistant_ui.texts()]
+    check_reload_resumes_a_reply(assistant_ui)
 
 
 def test_assistant_ui_shows_why_a_message_failed_and_sends_it_again(assistant_ui):
