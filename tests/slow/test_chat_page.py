@@ -4,11 +4,12 @@ import json
 import re
 import socket
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
 from tests.conftest import on_sqlite
+from tests.helpers.model_server import ModelServer, running, stall
 from tests.helpers.npm import install, needs_npm, run_npm
 from tests.helpers.readme import get_block
 from tests.helpers.server import TIMEOUT, find_listed_port, wait_until
@@ -33,6 +34,11 @@ pytestmark = needs_npm
 def project(tmp_path_factory):
     """A copy of tests/typescript/chat with its packages installed."""
     return install("chat", tmp_path_factory.mktemp("chat"))
+
+
+def configure_proxy(server):
+    """Return the README's vite.config.js for a server."""
+    return CONFIGURATION.replace(":5000", f":{server.port}")
 
 
 @contextmanager
@@ -117,7 +123,7 @@ class ChatPage:
 @pytest.fixture(scope="module")
 def url(project, server):
     """The URL of the page behind Vite with the README's configuration."""
-    with serve_pages(project, CONFIGURATION.replace(":5000", f":{server.port}")) as url:
+    with serve_pages(project, configure_proxy(server)) as url:
         yield url
 
 
@@ -166,7 +172,7 @@ def test_page_behind_the_proxy_streams_a_reply(project, server, browser, host, c
 @on_sqlite
 def test_page_of_an_origin_that_is_not_listed_reads_which_setting_lists_it(project, serve, browser):
     server = serve(CORS_ORIGINS="https://chat.example.com")
-    with serve_pages(project, CONFIGURATION.replace(":5000", f":{server.port}")) as url:
+    with serve_pages(project, configure_proxy(server)) as url:
         page = browser.new_page()
         with page.expect_event("pageerror") as error:
             page.goto(url)
@@ -190,15 +196,24 @@ def test_page_stops_a_reply(chat):
     assert chat.wait_for_stored_status("stopped").startswith("1 2")
 
 
-def test_page_stops_a_reply_before_its_first_word_and_regenerates_it(chat):
-    chat.send("/slow 2")
-    chat.wait_for_status("submitted")
-    chat.click("Stop")
-    assert chat.wait_for_stored_status("stopped") == ""
-    with chat.expect_reply("PUT"):
-        chat.click("Regenerate")
-    assert chat.texts() == ["/slow 2", "1 2"]
-    assert chat.stored() == [("/slow 2", None), ("1 2", None)]
+@on_sqlite
+def test_page_stops_a_reply_before_its_first_word_and_regenerates_it(project, serve, browser):
+    with ExitStack() as stack:
+        model = stack.enter_context(running(ModelServer()))
+        model.script = [stall]
+        server = serve(**model.settings())
+        chat = ChatPage(browser, stack.enter_context(serve_pages(project, configure_proxy(server))))
+        stack.callback(chat.context.close)
+        chat.send("Hi")
+        chat.wait_for_status("submitted")
+        wait_until(lambda: model.requests)  # so the message is stored
+        chat.click("Stop")
+        assert chat.wait_for_stored_status("stopped") == ""
+        model.script = ["Hello", " there."]
+        with chat.expect_reply("PUT"):
+            chat.click("Regenerate")
+        assert chat.texts() == ["Hi", "Hello there."]
+        assert chat.stored() == [("Hi", None), ("Hello there.", None)]
 
 
 def test_page_regenerates_a_reply_before_and_after_a_reload(chat):
