@@ -223,6 +223,8 @@ def engine_options(url, connect_args):
     return {
         "connect_args": connect_args,
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
+        "pool_size": 15,
+        "max_overflow": 0,  # such connections would be closed after each use: opening one takes as long as a request
         "pool_timeout": 8,  # and CONNECT_TIMEOUT of app/postgresql.py: less than 15 together
         "pool_pre_ping": True,
         "hide_parameters": True,

@@ -11,16 +11,23 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
 
-from app import db, repeat_after_conflict
+from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
 from app.errors import DATABASE_UNAVAILABLE, database_unavailable
-from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies
+from app.models.conversation import (
+    fail_abandoned,
+    list_in_progress,
+    save_heartbeats,
+    save_replies,
+    touch_unlocked,
+)
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
 MAX_REPLY_CHARS = 100_000
 SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
+LOCKED_INTERVAL = 0.05  # seconds between two attempts to store the end of a reply whose conversation is locked
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
 MAX_ERRORS = 100  # of deleted replies that are kept for requests that have just read the replies
@@ -271,7 +278,7 @@ class ReplyManager:
         """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL."""
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
-            repeat_after_conflict(fail_abandoned)
+            fail_abandoned()
 
     def shutdown(self, timeout):
         """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
@@ -354,7 +361,7 @@ class ReplyManager:
         """Store the replies until there are none for POLL_INTERVAL."""
         is_busy = True
         while is_busy:
-            is_woken = self.wakeup.wait(POLL_INTERVAL)
+            is_woken = self.wakeup.wait(LOCKED_INTERVAL if self.ended else POLL_INTERVAL)
             self.wakeup.clear()
             try:
                 with self.app.app_context():
@@ -385,25 +392,49 @@ class ReplyManager:
             self.save_growing()
 
     def store_ended(self):
-        """Store how replies ended, together in one transaction, and tell their followers."""
+        """Store how replies ended, most of them together in one transaction, and tell their followers.
+
+        Those of a conversation that a transaction has locked are left for the next time.
+        """
         ended = list(self.ended)
+        locked_ids, lost_ids = self.undo_or_edit(ended), set()
         discarded = [reply for reply in ended if reply.is_discarded()]
-        for reply in discarded:
-            reply.exchange.discard()
-        kept = [reply for reply in ended if reply not in discarded]
-        for reply in kept:
-            if reply.exchange.replaces_id:  # stopped before its first chunk
-                reply.exchange.apply_edit()
-        lost_ids = save_replies([reply.to_row() for reply in kept]) if kept else set()
+        kept = [reply for reply in ended if reply not in discarded and reply.exchange.conversation_id not in locked_ids]
+        if kept:
+            more_locked_ids, lost_ids = save_replies([reply.to_row() for reply in kept])
+            locked_ids |= more_locked_ids
         for reply in ended:
             self.ended.popleft()
-            is_deleted = reply in discarded or reply.id in lost_ids
-            if is_deleted and reply.error:
-                self.keep_error(reply)
-            if self.replies.get(reply.id) is reply:  # not its retry
-                del self.replies[reply.id]
-            self.release(reply.exchange.user_id)
-            reply.set_stored(is_deleted)
+            if reply.exchange.conversation_id in locked_ids:
+                self.ended.append(reply)
+            else:
+                self.finish(reply, is_deleted=reply in discarded or reply.id in lost_ids)
+
+    def undo_or_edit(self, ended):
+        """Undo the exchanges whose bot failed at once, and apply the edits that were stopped before the first chunk.
+
+        Returns the ids of the conversations that a transaction has locked.
+        """
+        locked_ids = set()
+        for reply in ended:
+            if not (reply.is_discarded() or reply.exchange.replaces_id):
+                continue
+            if locked := touch_unlocked(db.session, {reply.exchange.conversation_id}):
+                locked_ids |= locked
+            elif reply.is_discarded():
+                reply.exchange.discard()
+            else:
+                reply.exchange.apply_edit()
+        return locked_ids
+
+    def finish(self, reply, is_deleted):
+        """Tell the followers of a reply that its end is in the database, and forget the reply."""
+        if is_deleted and reply.error:
+            self.keep_error(reply)
+        if self.replies.get(reply.id) is reply:  # not its retry
+            del self.replies[reply.id]
+        self.release(reply.exchange.user_id)
+        reply.set_stored(is_deleted)
 
     def keep_error(self, reply):
         """Keep the error of a reply that was deleted, but of the last MAX_ERRORS only."""
@@ -435,9 +466,10 @@ class ReplyManager:
         silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL and reply not in growing]
         if growing:
             lengths = [reply.length for reply in growing]
-            save_replies([reply.to_row() for reply in growing])
+            locked_ids, _ = save_replies([reply.to_row() for reply in growing])
             for reply, length in zip(growing, lengths, strict=True):
-                reply.saved_length, reply.saved_at = length, now
+                if reply.exchange.conversation_id not in locked_ids:
+                    reply.saved_length, reply.saved_at = length, now
         if silent:
             save_heartbeats([reply.id for reply in silent])
             for reply in silent:

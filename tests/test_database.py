@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from app import create_app, db
+from app.bot import BotError
 from app.database import (
     Timestamp,
     autocommit,
@@ -40,6 +41,7 @@ from tests.conftest import (
     on_postgresql,
     on_sqlite,
 )
+from tests.helpers.bots import ASYNC, Gate, start_reply
 from tests.helpers.data import add_conversations, execute
 from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
@@ -385,24 +387,68 @@ def test_prune_is_repeated_if_its_transaction_is_ended_because_of_a_deadlock(app
 
 
 @on_postgresql
-def test_end_of_abandoned_replies_is_repeated_if_its_transaction_is_ended_because_of_a_deadlock(app, ada, database):
+def test_end_of_abandoned_replies_does_not_wait_for_a_locked_conversation(app, ada, database):
     ids = [ada.create_conversation() for _ in range(2)]
     execute(
         app,
         "INSERT INTO message (conversation_id, sender, text, status, created_at, heartbeat_at)"
         " SELECT id, 'bot', '', 'in_progress', '2026-01-01', '2026-01-01' FROM conversation",
     )
-    replies = ReplyManager(app, echo)
+    query = "SELECT status FROM message ORDER BY conversation_id"
+    with lock_conversation(database, ids[1]):
+        end_abandoned(app, ReplyManager(app, echo))
+        assert execute(app, query) == [("failed",), ("in_progress",)]
+    end_abandoned(app, ReplyManager(app, echo))
+    assert execute(app, query) == [("failed",)] * 2
+
+
+@on_postgresql
+@pytest.mark.parametrize("steps", [["Hello"], [BotError()], ["Hello ", BotError()]])
+def test_end_of_a_reply_is_stored_while_another_conversation_is_locked(make_app, bot, gate, database, steps):
+    app = make_app(bot=bot)
+    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    bot.scripts["Hi"] = [gate.wait, *steps]
+    id = ada.create_conversation()
+    start_reply(ada, id, "Hi")
+    with lock_conversation(database, id):
+        gate.set()
+        wait_until(lambda: app.extensions["replies"].ended)
+        assert bob.send_message(bob.create_conversation()).status_code == 201
+    wait_until(lambda: all(message.get("status") != "in_progress" for message in ada.list_messages(id)))
+
+
+@on_postgresql
+def test_edit_that_is_stopped_is_stored_while_another_conversation_is_locked(make_app, bot, gate, database):
+    app = make_app(bot=bot)
+    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    id = ada.create_conversation()
+    message_id = ada.send_message(id).json[0]["id"]
+    bot.scripts["Hi"] = [gate.wait]
+    reply_id = ada.edit_message(id, message_id, "Hi", headers=ASYNC).json[1]["id"]
     with (
-        lock_conversation(database, ids[1]) as connection,
-        run_in_background(partial(end_abandoned, app, replies)) as [end],
+        run_in_background(lambda: ada.stop_reply(id, reply_id)) as [stop],
+        lock_conversation(database, id),
     ):
-        wait_until_blocked(connection)
-        with suppress(DeadlockDetected):
-            connection.execute(RENAME, [ids[0]])
-        connection.commit()
-    end.result()
-    assert execute(app, "SELECT status FROM message") == [("failed",)] * 2
+        wait_until(lambda: app.extensions["replies"].ended)
+        assert bob.send_message(bob.create_conversation()).status_code == 201
+    assert stop.result().status_code == 200
+    assert [message["text"] for message in ada.list_messages(id)] == ["Hi", ""]
+
+
+@on_postgresql
+def test_growing_reply_is_saved_while_another_conversation_is_locked(make_app, bot, gate, database):
+    app = make_app(bot=bot)
+    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    first_gate = Gate()
+    bot.scripts["Hi"] = [first_gate.wait, "Hello ", gate.wait]
+    ids = [client.create_conversation() for client in (ada, bob)]
+    for client, id in zip((ada, bob), ids, strict=True):
+        start_reply(client, id, "Hi")
+    with lock_conversation(database, ids[0]):
+        first_gate.set()
+        wait_until(lambda: bob.list_messages(ids[1])[1]["text"] == "Hello ")
+        assert ada.list_messages(ids[0])[1]["text"] == ""
+    wait_until(lambda: ada.list_messages(ids[0])[1]["text"] == "Hello ")
 
 
 def end_abandoned(app, replies):

@@ -212,6 +212,16 @@ def test_preflight_allows_the_request_headers_of_the_api_only(client):
         assert (name in names) is (name in allowed), name
 
 
+def test_preflight_of_more_than_1000_characters_of_headers_returns_400_and_allows_none(client):
+    for length, status in ((1000, 200), (1001, 400)):
+        names = "accept,".rjust(length, ",")
+        headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
+        response = client.options(CONVERSATION, headers=headers)
+        assert response.status_code == status
+        assert ("Access-Control-Allow-Headers" in response.headers) is (status == 200)
+    assert response.json == {"error": "Access-Control-Request-Headers must be at most 1000 characters"}
+
+
 def test_preflight_of_a_foreign_origin_allows_nothing(client):
     response = client.options(CONVERSATION, headers={"Origin": FOREIGN, "Access-Control-Request-Method": "DELETE"})
     assert not [name for name, _ in response.headers if name.startswith("Access-Control")]

@@ -191,9 +191,16 @@ TOUCH_CONVERSATION = (
     .where(CONVERSATION.id == bindparam("conversation_id"), CONVERSATION.user_id == bindparam("owner_id"))
     .values(updated_at=bindparam("now"))
 )
-TOUCH_CONVERSATIONS = (
+# The subquery finds no row that another transaction has locked; on SQLite there are no such locks.
+UNLOCKED = Conversation.__table__.alias().c
+SELECT_UNLOCKED = (
+    select(UNLOCKED.id)
+    .where(UNLOCKED.id == bindparam("conversation_id"))
+    .with_for_update(skip_locked=True, key_share=True)
+)
+TOUCH_UNLOCKED = (
     update(Conversation.__table__)
-    .where(CONVERSATION.id == bindparam("conversation_id"))
+    .where(CONVERSATION.id == SELECT_UNLOCKED.scalar_subquery())
     .values(updated_at=bindparam("now"))
 )
 SAVE_REPLY = (
@@ -254,6 +261,19 @@ def touch(conversation_id, user_id):
     """Lock the user's conversation and record that its messages change; return False if there is none."""
     values = {"conversation_id": conversation_id, "owner_id": user_id, "now": datetime.now(UTC)}
     return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
+
+
+def touch_unlocked(connection, ids):
+    """Do as touch() for several conversations, without waiting; return the ids of those that a transaction has locked.
+
+    What stores the replies of all users must not wait for the requests of one of them.
+    """
+    now = datetime.now(UTC)
+    values = [{"conversation_id": id, "now": now} for id in sorted(ids)]
+    if connection.execute(TOUCH_UNLOCKED, values).rowcount == len(values):
+        return set()
+    locked = select(CONVERSATION.id).where(CONVERSATION.id.in_(ids), CONVERSATION.updated_at != now)
+    return set(connection.scalars(locked))
 
 
 @dataclass
@@ -399,19 +419,18 @@ class Exchange:
 def save_replies(rows):
     """Store replies in progress, each a (conversation_id, id, text, status); commit.
 
-    Returns the ids of those that no longer are in progress in the database: deleted, or taken for abandoned.
+    Returns the ids of the conversations that a transaction has locked, whose replies are to be stored later, and the
+    ids of the replies that no longer are in progress in the database: deleted, or taken for abandoned.
     """
-    now = datetime.now(UTC)
-    # All writers lock in the same order: conversations by id, then their messages.
-    conversation_ids = sorted({conversation_id for conversation_id, *_ in rows})
-    db.session.execute(TOUCH_CONVERSATIONS, [{"conversation_id": id, "now": now} for id in conversation_ids])
-    values = [{"reply_id": id, "new_text": text, "new_status": status} for _, id, text, status in sorted(rows)]
-    lost = set()
-    if db.session.execute(SAVE_REPLY, values).rowcount != len(values):
+    locked_ids = touch_unlocked(db.session, {conversation_id for conversation_id, *_ in rows})
+    rows = sorted(row for row in rows if row[0] not in locked_ids)
+    values = [{"reply_id": id, "new_text": text, "new_status": status} for _, id, text, status in rows]
+    lost_ids = set()
+    if values and db.session.execute(SAVE_REPLY, values).rowcount != len(values):
         saved = select(Message.id).where(tuple_(Message.id, Message.status).in_([(row[1], row[3]) for row in rows]))
-        lost = {row[1] for row in rows} - set(db.session.scalars(saved))
+        lost_ids = {row[1] for row in rows} - set(db.session.scalars(saved))
     db.session.commit()
-    return lost
+    return locked_ids, lost_ids
 
 
 def save_heartbeats(ids):
@@ -429,17 +448,19 @@ def list_in_progress():
 
 
 def fail_abandoned():
-    """End the replies whose process was killed. An edit that was not applied yet is deleted."""
+    """End the replies whose process was killed. An edit that was not applied yet is deleted.
+
+    Those of a conversation that a transaction has locked are left for the next time.
+    """
     messages = Message.__table__
     abandoned = (messages.c.status == "in_progress") & (messages.c.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT))
     with autocommit(db.engine).connect() as connection:
         rows = connection.execute(select(messages).where(abandoned)).all()
     if not rows:
         return
-    now = datetime.now(UTC)
-    conversation_ids = sorted({row.conversation_id for row in rows})
-    edited_ids = [row.replaces_id for row in rows if row.replaces_id]
     with db.engine.begin() as connection:
-        connection.execute(TOUCH_CONVERSATIONS, [{"conversation_id": id, "now": now} for id in conversation_ids])
+        locked_ids = touch_unlocked(connection, {row.conversation_id for row in rows})
+        edited_ids = [row.replaces_id for row in rows if row.replaces_id and row.conversation_id not in locked_ids]
         connection.execute(delete(messages).where(messages.c.replaces_id.in_(edited_ids)))
+        abandoned &= messages.c.conversation_id.not_in(locked_ids)
         connection.execute(update(messages).where(abandoned).values(status="failed", heartbeat_at=None))

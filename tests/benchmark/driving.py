@@ -19,6 +19,7 @@ from tests.conftest import SERVER_URL, create_postgresql_database
 from tests.helpers.server import ROOT, TIMEOUT, HttpClient
 
 CONNECTIONS = 8
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")  # a second of CPU time in /proc
 TIME = "2026-01-31T12:00:00.123456Z"  # when everything happened that a database is filled with
 NUMBERS = "WITH RECURSIVE n(i) AS (SELECT CAST(:first AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < :last)"
 
@@ -159,6 +160,11 @@ class Program:
         """Return the process ids of the workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
+
+    def cpu_seconds(self):
+        """Return the CPU time that the workers have used."""
+        fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.workers())
+        return sum(int(ticks) for values in fields for ticks in values[11:13]) / CLOCK_TICKS  # of user and of system
 
     def memory(self):
         """Return the bytes that master and workers take, what they share counted once (PSS)."""

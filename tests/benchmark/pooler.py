@@ -4,7 +4,6 @@ It runs PostgreSQL servers of its own, one of them with a synchronous replica, a
 """
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -13,14 +12,13 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
 
-from tests.benchmark.driving import CONNECTIONS, Filler, note, number, project, table, wrk
+from tests.benchmark.driving import CLOCK_TICKS, CONNECTIONS, Filler, note, number, project, table, wrk
 from tests.helpers.postgresql import PostgreSQLServer, run_pgbouncer
 
 CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
 REPLIES = 15  # that grow at the same time
 LIST = "/api/conversations"
 POOL_SIZE = 4
-TICKS = os.sysconf("SC_CLK_TCK")  # a second of CPU time in /proc
 CASES = ("direct", "PgBouncer", "replica", "PgBouncer and replica")
 
 
@@ -83,7 +81,7 @@ class Case:
         main, *children = self.postgresql.list_processes()
         # What the children that have ended took is counted with the main process.
         ticks = sum(read_ticks(main)) + sum(sum(read_ticks(pid)[:2]) for pid in children)
-        return ticks / TICKS, sum(read_ticks(self.pooler)) / TICKS if self.pooler else 0
+        return ticks / CLOCK_TICKS, sum(read_ticks(self.pooler)) / CLOCK_TICKS if self.pooler else 0
 
 
 def read_ticks(pid):

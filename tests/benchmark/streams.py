@@ -7,7 +7,6 @@ and ask the same model on the loopback interface, which sends its chunks one by 
 import argparse
 import json
 import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -27,7 +26,6 @@ PEER_PACKAGES = ["fastapi", "uvicorn[standard]", "openai"]
 PEER_FOLDER = Path(tempfile.gettempdir()) / "chatbot-benchmark-peer"
 WORD = "token "
 FIRST_DELTA_COUNT, OPEN_STREAMS = 50, 200
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def format_chunk(delta, finish_reason=None):
@@ -110,10 +108,6 @@ class Side:
         connection.close()
         return seconds * 1000
 
-    def cpu_seconds(self):
-        """Return the CPU time that the workers have used."""
-        return sum(read_cpu_ticks(pid) for pid in self.program.workers()) / CLOCK_TICKS
-
     def measure_stream_kilobytes(self):
         """Return the memory that an open stream takes."""
         before = self.program.memory()
@@ -124,12 +118,6 @@ class Side:
         for connection, _ in streams:
             connection.close()
         return used / OPEN_STREAMS / 1000
-
-
-def read_cpu_ticks(pid):
-    """Return the clock ticks of CPU that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def start_program(stack, model_url, streams):
@@ -156,11 +144,11 @@ def start_peer(stack, model_url, streams):
 
 def measure_rate(side, streams, chunks, cpu_times):
     """Return how many chunks a second arrive over so many streams at once; add the CPU time to a Counter."""
-    cpu, start = side.cpu_seconds(), time.perf_counter()
+    cpu, start = side.program.cpu_seconds(), time.perf_counter()
     counts = run_concurrently(streams, lambda number: side.count_deltas(number, chunks))
     seconds = time.perf_counter() - start
     assert counts == [chunks] * streams, counts
-    cpu_times[side] += side.cpu_seconds() - cpu
+    cpu_times[side] += side.program.cpu_seconds() - cpu
     return streams * chunks / seconds
 
 
