@@ -1,6 +1,6 @@
 """`python -m tests.benchmark.replies` measures what replies in progress cost, a tenth of them with a follower.
 
-Each grows by ten chunks a second. The bot is a function in the program, so that only the program is measured.
+The program has the bot of tests/benchmark/ticking.py, so that no model server is measured with it.
 """
 
 import argparse
@@ -11,16 +11,13 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
 
-from app import create_app
-from tests.benchmark.driving import DATABASES, Filler, gunicorn, milliseconds, note, table
+from tests.benchmark.driving import DATABASES, Filler, Program, milliseconds, note, table
 from tests.helpers.server import TIMEOUT, HttpClient
 
-CHUNKS_PER_SECOND = 10
-WORD = "token "
+TEXT_OF_A_SECOND = "token " * 10
 FOLLOWED = 10  # one reply in so many
 CORES = 2
 FOLLOWERS_START = 3  # seconds until all follow
-OPTIONS = ("--config=.gunicorn.py", "tests.benchmark.replies:create_ticking_app()")
 FIGURES = (
     f"CPU of the workers, % of {CORES} cores",
     "written to the database, MB/s",
@@ -29,25 +26,13 @@ FIGURES = (
 )
 
 
-def create_ticking_app():
-    """Return the application with a bot that replies for as many seconds as the message says."""
-    return create_app(bot=tick)
-
-
-def tick(history):
-    """Yield CHUNKS_PER_SECOND words a second."""
-    for _ in range(int(history[-1][1]) * CHUNKS_PER_SECOND):
-        time.sleep(1 / CHUNKS_PER_SECOND)
-        yield WORD
-
-
 @contextmanager
-def follow(port, cookie, paths, text):
+def follow(port, cookie, paths, text, timeout):
     """Follow replies in a process of its own; at the end of the block, make sure that each had the whole text."""
     with multiprocessing.Pool(1) as pool:
         result = pool.apply_async(count_whole_replies, (port, cookie, paths, text))
         yield
-        assert result.get(TIMEOUT) == len(paths), "a follower missed a part of its reply"
+        assert result.get(timeout) == len(paths), "a follower missed a part of its reply"
 
 
 def count_whole_replies(port, cookie, paths, text):
@@ -104,11 +89,11 @@ def start_replies(client, count, text):
 
 def measure(name, count, seconds):
     """Yield the rows for one database."""
-    settings = {"SECRET_KEY": "x" * 32, "MAX_CONCURRENT_REPLIES": str(count)}
+    settings = {"MAX_CONCURRENT_REPLIES": str(count)}
     duration = seconds + 10 + count // 20  # of a reply: all are still in progress when the last one was measured
     with ExitStack() as stack:
         url = stack.enter_context(DATABASES[name]())
-        program = stack.enter_context(gunicorn(*OPTIONS, DATABASE_URL=url, **settings))
+        program = stack.enter_context(Program("run.py", "tests.benchmark.ticking:app", DATABASE_URL=url, **settings))
         client = program.signup("reader")
         filler = stack.enter_context(closing(Filler(url)))
         filler.conversations(count, "1")
@@ -116,7 +101,8 @@ def measure(name, count, seconds):
         idle = meter.measure(client, seconds)
         note(f"{name}: starting {count:,} replies")
         paths = start_replies(client, count, str(duration))
-        with follow(program.port, client.cookie, paths, WORD * duration * CHUNKS_PER_SECOND):
+        text = TEXT_OF_A_SECOND * duration
+        with follow(program.port, client.cookie, paths, text, duration + TIMEOUT):
             note(f"{name}: measuring")
             time.sleep(FOLLOWERS_START)
             busy = meter.measure(client, seconds)
