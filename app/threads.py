@@ -1,4 +1,4 @@
-"""Slow work in native threads, which leave gevent's event loop to other clients: hashing and searching."""
+"""Slow work in native threads, which leave gevent's event loop to other clients: hashing and long queries."""
 
 import os
 import sys
@@ -21,11 +21,11 @@ THREADS = os.cpu_count() or 1
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
 NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
-MAX_SEARCHES = 2  # at once in a process: a search reads all messages of its user
-SEARCH_WAIT = 10  # seconds that a search waits for the user's others, and then as many for those of other users
+MAX_LONG_QUERIES = 2  # at once in a process: each may read all messages of its user
+LONG_QUERY_WAIT = 10  # seconds that one waits for the user's others, and then as many for those of other users
 
-search_slots = threading.BoundedSemaphore(MAX_SEARCHES)
-search_locks = WeakValueDictionary()  # by user
+long_query_slots = threading.BoundedSemaphore(MAX_LONG_QUERIES)
+long_query_locks = WeakValueDictionary()  # by user
 hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
@@ -44,19 +44,19 @@ def run_in_threadpool(func, *args):
         hash_slots.release()
 
 
-def run_search(func, user_id, in_thread):
-    """Call a function that searches, one at a time for each user; with `in_thread`, in a native thread under gevent.
+def run_long_query(func, user_id, in_thread):
+    """Call a function that reads many messages, one at a time for each user, and return its result.
 
-    Abort with 503 after SEARCH_WAIT.
+    With `in_thread` it runs in a native thread under gevent. Abort with 503 after LONG_QUERY_WAIT.
     """
     with ExitStack() as stack:
-        for lock in (search_locks.setdefault(user_id, threading.Lock()), search_slots):
-            if not lock.acquire(timeout=SEARCH_WAIT):
+        for lock in (long_query_locks.setdefault(user_id, threading.Lock()), long_query_slots):
+            if not lock.acquire(timeout=LONG_QUERY_WAIT):
                 raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
             stack.callback(lock.release)
         if not (in_thread and is_gevent_used()):
             return func()
-        threadpool = get_threadpool(os.getpid(), "search")
+        threadpool = get_threadpool(os.getpid(), "long queries")
         result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
     if error:
         raise error
@@ -87,7 +87,7 @@ def call_with_low_priority(func, *args):
 
 @cache
 def get_threadpool(process_id, purpose):
-    """Return the pool of a process for hashing or searching: threads do not survive a fork.
+    """Return the pool of a process for hashing or for long queries: threads do not survive a fork.
 
     It is not the hub's own, which looks up host names: these must not wait for hashes.
     """

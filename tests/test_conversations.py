@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from app import db
+from app.threads import run_long_query
 from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids
 from tests.helpers.queries import record_queries
@@ -90,6 +91,35 @@ def test_list_conversations_is_oldest_first_like_the_messages_in_it(echo_ada):
     assert echo_ada.list_conversations() == [
         {"id": id, "name": f"Number {n}", "messages": exchanges[id]} for n, id in enumerate(sorted(ids))
     ]
+
+
+LONG_LISTS = {"many messages": (1001, "Text"), "long messages": (4, "x" * 100_000)}
+
+
+@pytest.mark.parametrize(("messages", "text"), LONG_LISTS.values(), ids=LONG_LISTS)
+def test_list_of_more_than_a_page_has_all_messages(app, ada, messages, text):
+    ids = add_conversations(app, ada, 2, messages)
+    execute(app, "UPDATE message SET text = :text", text=text)
+    conversations = ada.list_conversations()
+    assert get_ids(conversations) == ids
+    for conversation in conversations:
+        assert [message["text"] for message in conversation["messages"]] == [text] * messages
+        assert ada.list_messages(conversation["id"]) == conversation["messages"]
+
+
+@pytest.mark.parametrize(("messages", "text"), LONG_LISTS.values(), ids=LONG_LISTS)
+def test_list_of_more_than_a_page_waits_for_other_long_queries_of_the_user(app, ada, monkeypatch, messages, text):
+    monkeypatch.setattr("app.threads.LONG_QUERY_WAIT", 0.05)
+    *_, short_id = add_conversations(app, ada, 3, messages)
+    execute(app, "UPDATE message SET text = :text", text=text)
+    execute(app, "DELETE FROM message WHERE conversation_id = :id", id=short_id)
+    other = create_other_client(ada)
+
+    def list_all():
+        paths = ["", "?messages=1000", f"/{short_id}", "?limit=100"]
+        return [other.get(f"/api/conversations{path}").status_code for path in paths]
+
+    assert run_long_query(list_all, ada.user_id, in_thread=False) == [503, 503, 200, 200]
 
 
 def test_list_shows_changes_of_another_server(make_app):

@@ -6,7 +6,7 @@ from sqlalchemy import event
 from app import db
 from app.database import fold_case
 from app.models.message import find_text
-from app.threads import run_search
+from app.threads import run_long_query
 from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
 
@@ -246,7 +246,7 @@ def test_find_text_folds_no_prefix_of_a_long_text(monkeypatch):
 
 @pytest.mark.parametrize("path", ["/api/conversations?q=a", "/api/conversations?q=a&limit=1", "/api/messages?q=a"])
 def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path):
-    monkeypatch.setattr("app.threads.SEARCH_WAIT", 0.05)
+    monkeypatch.setattr("app.threads.LONG_QUERY_WAIT", 0.05)
     other = create_other_client(ada)
 
     def search_again():
@@ -254,7 +254,7 @@ def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path
         assert bob.get(path).status_code == ada.get("/api/conversations").status_code == 200
         return response.status_code, response.json, response.headers["Retry-After"]
 
-    assert run_search(search_again, ada.user_id, in_thread=False) == (
+    assert run_long_query(search_again, ada.user_id, in_thread=False) == (
         503,
         {"error": "The server is busy, try again later"},
         "5",

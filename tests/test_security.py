@@ -23,7 +23,7 @@ from app.security import (
     verify_login,
     verify_password,
 )
-from app.threads import MAX_SEARCHES, run_search
+from app.threads import MAX_LONG_QUERIES, run_long_query
 from tests.helpers.server import ROOT, TIMEOUT, run_all, run_concurrently
 
 ADDRESS = "192.0.2.1"
@@ -78,7 +78,7 @@ from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.security import generate_password_hash
 from app import threads
 from app.security import hash_password, verify_password
-from app.threads import run_in_threadpool, run_search
+from app.threads import run_in_threadpool, run_long_query
 
 app = Flask("security")
 app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
@@ -283,30 +283,30 @@ def count_concurrent_searches(user_ids):
         time.sleep(0.05)
         running.pop()
 
-    run_concurrently(len(user_ids), lambda number: run_search(search, user_ids[number], in_thread=False))
+    run_concurrently(len(user_ids), lambda number: run_long_query(search, user_ids[number], in_thread=False))
     return max(most)
 
 
-@pytest.mark.parametrize(("user_ids", "most"), [([1] * 4, 1), ([1, 2, 3, 4, 5], MAX_SEARCHES)])
-def test_run_search_lets_searches_take_turns(user_ids, most):
+@pytest.mark.parametrize(("user_ids", "most"), [([1] * 4, 1), ([1, 2, 3, 4, 5], MAX_LONG_QUERIES)])
+def test_run_long_query_lets_searches_take_turns(user_ids, most):
     assert count_concurrent_searches(user_ids) == most
 
 
-def test_run_search_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
-    monkeypatch.setattr("app.threads.SEARCH_WAIT", 0.05)
+def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locked(monkeypatch):
+    monkeypatch.setattr("app.threads.LONG_QUERY_WAIT", 0.05)
 
     def search_again():
         with pytest.raises(ServiceUnavailable) as caught:
-            run_search(str, 1, in_thread=False)
+            run_long_query(str, 1, in_thread=False)
         return caught.value.retry_after
 
-    assert run_search(lambda: run_all(search_again), 1, in_thread=False) == [5]
-    assert run_search(lambda: run_search(str, 2, in_thread=False), 1, in_thread=False) == ""
+    assert run_long_query(lambda: run_all(search_again), 1, in_thread=False) == [5]
+    assert run_long_query(lambda: run_long_query(str, 2, in_thread=False), 1, in_thread=False) == ""
 
 
-def test_run_search_in_thread_does_not_stop_the_event_loop():
+def test_run_long_query_in_thread_does_not_stop_the_event_loop():
     assert run_gevent("""
-search = gevent.spawn(run_search, block, 1, True)
+search = gevent.spawn(run_long_query, block, 1, True)
 while not started:
     gevent.sleep(0.01)
 lock.release()
@@ -315,10 +315,10 @@ print(search.successful())
 """) == ["True"]
 
 
-def test_run_search_in_thread_raises_the_error_without_a_traceback():
+def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
     assert run_gevent("""
 try:
-    run_search(lambda: 1 / 0, 1, True)
+    run_long_query(lambda: 1 / 0, 1, True)
 except ZeroDivisionError:
     print("raised")
 """) == ["raised"]

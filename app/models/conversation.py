@@ -12,6 +12,7 @@ from sqlalchemy import (
     Index,
     String,
     Text,
+    and_,
     bindparam,
     case,
     delete,
@@ -42,6 +43,7 @@ from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
 MAX_HISTORY_MESSAGES = 200  # that a bot is given
+MAX_MEASURED = 2000  # messages of a list whose size is looked at before they are read
 
 
 class Conversation(db.Model):
@@ -95,12 +97,35 @@ class Conversation(db.Model):
     def select_with_messages(cls, *filters):
         """Select conversations with their messages as JSON: all of them, or the newest if `messages` limits them.
 
-        `filters`: see select_for_user(). With `fits`, all of the newest fit on a page, see Message.select_page().
+        `filters`: see select_for_user(). With `fits`, all of the newest fit on a page, see Message.select_page(). With
+        `if_short`, the JSON is NULL if there are too many messages, see is_short().
         """
         limit = bindparam("messages") if "messages" in filters else None
         page = Message.select_page(cls.id, limit, fits="fits" in filters).subquery()
         messages_json = select(json_array(page.c.json)).scalar_subquery()
+        if "if_short" in filters:
+            messages_json = case((cls.is_short(*filters), messages_json))
         return cls.select_for_user(*filters).add_columns(messages_json.label("messages_json"))
+
+    @classmethod
+    def is_short(cls, *filters):
+        """Return the SQL condition that a page could have all messages of conversations; see select_for_user().
+
+        Of more than MAX_MEASURED messages it does not read the sizes.
+        """
+        count = cls.sum_of_messages(func.count(Message.id), *filters)
+        size = cls.sum_of_messages(func.sum(octet_length(Message.text) + ITEM_BYTES), *filters)
+        return and_(count <= MAX_MEASURED, size <= MAX_PAGE_BYTES)
+
+    @classmethod
+    def sum_of_messages(cls, aggregate, *filters):
+        """Return the SQL expression of the sum of what an aggregate function returns for each conversation's messages.
+
+        For all conversations at once, the database might read the messages of all users.
+        """
+        of_one = select(aggregate).where(Message.conversation_id == cls.id).correlate(cls).scalar_subquery()
+        query = cls.select_for_user(*filters).with_only_columns(func.coalesce(func.sum(of_one), 0))
+        return query.order_by(None).correlate(None).scalar_subquery()
 
     @classmethod
     @cache  # as that of select_for_user()

@@ -24,7 +24,7 @@ from app.responses import (
     hash_version,
     is_not_modified,
 )
-from app.threads import run_search
+from app.threads import run_long_query
 from app.validation import (
     get_idempotency_key,
     get_int_arg,
@@ -57,17 +57,20 @@ def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
     list_func = partial(list_page if "limit" in filters else list_all, filters)
-    return search(list_func) if "folded" in filters else list_func()
+    return read_long(list_func) if "folded" in filters else list_func()
 
 
-def search(func):
-    """Return what a function that searches returns, see run_search(); SQLite would stop the event loop meanwhile."""
+def read_long(func):
+    """Return what a function that reads many messages returns, see run_long_query().
+
+    SQLite would stop the event loop meanwhile.
+    """
     user_id, is_sqlite = current_user.id, db.engine.dialect.name == "sqlite"
     if is_sqlite:
         db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
     else:
-        db.session.close()  # holds no connection while other searches run
-    return run_search(func, user_id, in_thread=is_sqlite)
+        db.session.close()  # holds no connection while other long queries run
+    return run_long_query(func, user_id, in_thread=is_sqlite)
 
 
 def list_all(filters):
@@ -76,9 +79,19 @@ def list_all(filters):
         etag = get_etag(Conversation.list_versions(current_user.id, **filters))
         if is_not_modified(etag):
             return conditional_response(None, etag)
-    rows = Conversation.list_for_user(current_user.id, **filters)
+    rows = list_with_messages(filters)
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
     return conditional_response([conversation_to_dict(row, has_details) for row in rows], get_etag(rows))
+
+
+def list_with_messages(filters):
+    """Return the rows of Conversation.list_for_user(), read as a long query if a page could not have the messages."""
+    list_func = partial(Conversation.list_for_user, current_user.id, **filters)
+    if "folded" in filters:  # this is part of a long query
+        return list_func()
+    rows = list_func(if_short=True)
+    is_long = any(row.messages_json is None for row in rows)
+    return read_long(list_func) if is_long else rows
 
 
 def list_page(filters):
@@ -184,7 +197,7 @@ def get_conversation(conversation_id):
     filters = {"id": conversation_id}
     if messages is not None:
         filters["messages"] = messages
-    rows = Conversation.list_for_user(current_user.id, **filters)
+    rows = list_with_messages(filters)
     if not rows:  # it was deleted just now
         abort(404, "Conversation not found")
     return conditional_response(conversation_to_dict(rows[0], has_details=True), etag)
@@ -227,7 +240,7 @@ def search_messages():
     q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
     before, user_id = get_int_arg("before"), current_user.id
-    rows = search(lambda: Conversation.search_messages(user_id, q, limit + 1, before))
+    rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before))
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
     return conditional_response(results, hash_version(results), next_page)

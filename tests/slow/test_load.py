@@ -213,19 +213,21 @@ def test_followers_that_read_nothing_do_not_slow_down_one_that_reads(serve):
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-def test_search_of_long_messages_does_not_stop_others(serve):
+@pytest.mark.parametrize("path", [f"/api/messages?q={'a' * 254}b", "/api/conversations", "/api/conversations/{id}"])
+def test_long_query_does_not_stop_others(serve, path):
     server = serve(WEB_CONCURRENCY=1)
     with server.create_logged_in_client("ada") as ada, server.client() as other:
-        conversation_id = ada.create_conversation()
+        id = ada.create_conversation()
         for _ in range(300):
-            ada.send_message(conversation_id, "a" * 100_000)
+            text = "a" + "\x01" * 99_999  # in JSON most of these have six characters
+            assert ada.send_message(id, text).status == 201
         answers = 0
-        with run_in_background(lambda: ada.get(f"/api/messages?q={'a' * 254}b")) as [search]:
-            while not search.done():
+        with run_in_background(lambda: ada.get(path.format(id=id))) as [query]:
+            while not query.done():
                 assert other.get("/api/test").status == 200
                 answers += 1
-        assert (search.result().status, search.result().json) == (200, [])
-        record_measurement("requests answered during a search", answers)
+        assert query.result().status == 200
+        record_measurement("requests answered meanwhile", answers)
         assert answers > 10
 
 
