@@ -39,8 +39,7 @@ SEND_TIMEOUT = 30  # without progress, so that a slow reader is served however l
 SEND_CHECK_INTERVAL = 5
 
 MAX_HEAD_SIZE = 16 * 1024  # bytes of all header fields, as in Node.js; to parse Accept or Cookie of that takes 15 ms
-REQUESTS_PER_TURN = 8  # of a connection that pipelines faster than its requests are read
-CONNECTIONS_PER_TURN = 10  # accepted by a worker: the last of 100 would wait for seconds if it were one
+CONNECTIONS_PER_TURN = 10  # that a worker accepts: with 1, the last of 100 clients would wait for seconds
 EVENT_LOOP_TURN = 1e-6  # seconds: the event loop looks for new data and connections in between
 
 wsgi_app = "run:app"
@@ -224,7 +223,7 @@ class Worker(GeventWorker):
         super().init_process()
 
     def server_class(self, listener, spawn, ssl_context=None, **options):
-        """Return the server of a listening socket, which gunicorn would let accept one connection at a turn."""
+        """Return the server of a listening socket. With several workers, gunicorn's accepts one connection a turn."""
         ssl_args = {"ssl_context": ssl_context} if ssl_context else {}
         server = StreamServer(listener, partial(self.handle, listener), spawn=spawn, **ssl_args)
         server.max_accept = CONNECTIONS_PER_TURN
@@ -241,11 +240,12 @@ class Worker(GeventWorker):
     def handle_request(self, listener_name, req, sock, addr):
         """Serve a request, and note when it was the last one."""
         # The event loop has a turn even if no read waits: for data of others, and for new connections. After
-        # gevent.sleep(0), this connection would come first again.
-        if sock.is_idle:  # the request came with the one before: of all clients that pipeline, one has a turn
+        # gevent.sleep(0) alone, this connection would come before those.
+        if sock.is_idle:  # this request came together with the one before; of all clients that do so, one has a turn
+            gevent.sleep(0)  # the next of them comes first
             with self.pipelining:
                 gevent.sleep(EVENT_LOOP_TURN)
-        elif req.req_number % REQUESTS_PER_TURN == 0:
+        else:
             gevent.sleep(EVENT_LOOP_TURN)
         sock.start_body()
         try:

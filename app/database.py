@@ -224,7 +224,7 @@ def engine_options(url, connect_args):
         "connect_args": connect_args,
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
         "pool_size": 15,
-        "max_overflow": 0,  # such connections would be closed after each use: opening one takes as long as a request
+        "max_overflow": 0,  # overflow connections are closed after each use: to open one takes as long as a request
         "pool_timeout": 8,  # and CONNECT_TIMEOUT of app/postgresql.py: less than 15 together
         "pool_pre_ping": True,
         "hide_parameters": True,

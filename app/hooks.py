@@ -75,11 +75,11 @@ def before_request():
     g.started_at = time.perf_counter()
     request_id = request.headers.get("X-Request-ID", "")
     g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
-    if not request.cookies.get("remember_token", "").isascii():  # Flask-Login would raise TypeError
-        abort(400, "The cookie remember_token must be ASCII")
     if len(request.headers.get("Access-Control-Request-Headers", "")) > MAX_CORS_HEADERS_LENGTH:
         del request.environ["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"]  # Flask-CORS would read it for this error, too
         abort(400, f"Access-Control-Request-Headers must be at most {MAX_CORS_HEADERS_LENGTH} characters")
+    if not request.cookies.get("remember_token", "").isascii():  # Flask-Login would raise TypeError
+        abort(400, "The cookie remember_token must be ASCII")
     if request.method not in SAFE_METHODS:
         check_origin()
         read_body()

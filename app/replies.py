@@ -396,39 +396,27 @@ class ReplyManager:
 
         Those of a conversation that a transaction has locked are left for the next time.
         """
-        ended = list(self.ended)
-        locked_ids, lost_ids = self.undo_or_edit(ended), set()
-        discarded = [reply for reply in ended if reply.is_discarded()]
-        kept = [reply for reply in ended if reply not in discarded and reply.exchange.conversation_id not in locked_ids]
-        if kept:
-            more_locked_ids, lost_ids = save_replies([reply.to_row() for reply in kept])
-            locked_ids |= more_locked_ids
-        for reply in ended:
-            self.ended.popleft()
-            if reply.exchange.conversation_id in locked_ids:
-                self.ended.append(reply)
-            else:
-                self.finish(reply, is_deleted=reply in discarded or reply.id in lost_ids)
-
-    def undo_or_edit(self, ended):
-        """Undo the exchanges whose bot failed at once, and apply the edits that were stopped before the first chunk.
-
-        Returns the ids of the conversations that a transaction has locked.
-        """
-        locked_ids = set()
-        for reply in ended:
-            if not (reply.is_discarded() or reply.exchange.replaces_id):
+        kept = []
+        for reply in list(self.ended):
+            exchange, is_discarded = reply.exchange, reply.is_discarded()
+            if (is_discarded or exchange.replaces_id) and touch_unlocked(db.session, {exchange.conversation_id}):
                 continue
-            if locked := touch_unlocked(db.session, {reply.exchange.conversation_id}):
-                locked_ids |= locked
-            elif reply.is_discarded():
-                reply.exchange.discard()
-            else:
-                reply.exchange.apply_edit()
-        return locked_ids
+            if is_discarded:
+                exchange.discard()
+                self.finish(reply, is_deleted=True)
+                continue
+            if exchange.replaces_id:  # stopped before its first chunk
+                exchange.apply_edit()
+            kept.append(reply)
+        if kept:
+            locked_ids, lost_ids = save_replies([reply.to_row() for reply in kept])
+            for reply in kept:
+                if reply.exchange.conversation_id not in locked_ids:
+                    self.finish(reply, is_deleted=reply.id in lost_ids)
 
     def finish(self, reply, is_deleted):
         """Tell the followers of a reply that its end is in the database, and forget the reply."""
+        self.ended.remove(reply)
         if is_deleted and reply.error:
             self.keep_error(reply)
         if self.replies.get(reply.id) is reply:  # not its retry
@@ -463,13 +451,13 @@ class ReplyManager:
         self.saved_at = now
         in_progress = [reply for reply in self.replies.values() if reply.status == "in_progress"]
         growing = [reply for reply in in_progress if reply.length > reply.saved_length]
-        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL and reply not in growing]
         if growing:
             lengths = [reply.length for reply in growing]
             locked_ids, _ = save_replies([reply.to_row() for reply in growing])
             for reply, length in zip(growing, lengths, strict=True):
                 if reply.exchange.conversation_id not in locked_ids:
                     reply.saved_length, reply.saved_at = length, now
+        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL]
         if silent:
             save_heartbeats([reply.id for reply in silent])
             for reply in silent:

@@ -21,11 +21,11 @@ THREADS = os.cpu_count() or 1
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
 NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
-MAX_LONG_QUERIES = 2  # at once in a process: each may read all messages of its user
+MAX_LONG_QUERIES = 2  # searches, and as many lists, at once in a process: each may read all messages of its user
 LONG_QUERY_WAIT = 10  # seconds that one waits for the user's others, and then as many for those of other users
 
-long_query_slots = threading.BoundedSemaphore(MAX_LONG_QUERIES)
-long_query_locks = WeakValueDictionary()  # by user
+long_query_slots = {purpose: threading.BoundedSemaphore(MAX_LONG_QUERIES) for purpose in ("search", "list")}
+long_query_locks = WeakValueDictionary()  # by user and purpose
 hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
@@ -44,19 +44,23 @@ def run_in_threadpool(func, *args):
         hash_slots.release()
 
 
-def run_long_query(func, user_id, in_thread):
+def run_long_query(func, user_id, purpose, in_thread):
     """Call a function that reads many messages, one at a time for each user, and return its result.
 
-    With `in_thread` it runs in a native thread under gevent. Abort with 503 after LONG_QUERY_WAIT.
+    `purpose`: "search" or "list". With `in_thread` it runs in a native thread under gevent. Abort with 503 after
+    LONG_QUERY_WAIT for the user's others, or as long for those of other users.
     """
     with ExitStack() as stack:
-        for lock in (long_query_locks.setdefault(user_id, threading.Lock()), long_query_slots):
+        for lock in (
+            long_query_locks.setdefault((user_id, purpose), threading.Lock()),
+            long_query_slots[purpose],
+        ):
             if not lock.acquire(timeout=LONG_QUERY_WAIT):
                 raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
             stack.callback(lock.release)
         if not (in_thread and is_gevent_used()):
             return func()
-        threadpool = get_threadpool(os.getpid(), "long queries")
+        threadpool = get_threadpool(os.getpid(), purpose)
         result, error = threadpool.apply(call_with_low_priority, (catch_error, copy_context().run, func))
     if error:
         raise error
@@ -87,7 +91,7 @@ def call_with_low_priority(func, *args):
 
 @cache
 def get_threadpool(process_id, purpose):
-    """Return the pool of a process for hashing or for long queries: threads do not survive a fork.
+    """Return the pool of a process for hashing, searches or lists: threads do not survive a fork.
 
     It is not the hub's own, which looks up host names: these must not wait for hashes.
     """

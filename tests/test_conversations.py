@@ -110,16 +110,24 @@ def test_list_of_more_than_a_page_has_all_messages(app, ada, messages, text):
 @pytest.mark.parametrize(("messages", "text"), LONG_LISTS.values(), ids=LONG_LISTS)
 def test_list_of_more_than_a_page_waits_for_other_long_queries_of_the_user(app, ada, monkeypatch, messages, text):
     monkeypatch.setattr("app.threads.LONG_QUERY_WAIT", 0.05)
-    *_, short_id = add_conversations(app, ada, 3, messages)
+    id, *_, short_id = add_conversations(app, ada, 4, messages)
     execute(app, "UPDATE message SET text = :text", text=text)
     execute(app, "DELETE FROM message WHERE conversation_id = :id", id=short_id)
     other = create_other_client(ada)
 
     def list_all():
-        paths = ["", "?messages=1000", f"/{short_id}", "?limit=100"]
+        paths = [
+            "",
+            "?messages=1000",
+            "?messages=0",
+            "?messages=1",
+            "?limit=100",
+            f"/{short_id}",
+            f"/{id}?messages=1000",
+        ]
         return [other.get(f"/api/conversations{path}").status_code for path in paths]
 
-    assert run_long_query(list_all, ada.user_id, in_thread=False) == [503, 503, 200, 200]
+    assert run_long_query(list_all, ada.user_id, "list", in_thread=False) == [503, 503, *[200] * 5]
 
 
 def test_list_shows_changes_of_another_server(make_app):

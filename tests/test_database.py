@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 import unicodedata
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -402,9 +403,20 @@ def test_end_of_abandoned_replies_does_not_wait_for_a_locked_conversation(app, a
     assert execute(app, query) == [("failed",)] * 2
 
 
+ENDS = {  # how the bot goes on, and the texts and statuses of the messages then
+    "complete": (["Hello"], [("Hi", None), ("Hello", None)]),
+    "failed": (["Hello", BotError()], [("Hi", None), ("Hello", "failed")]),
+    "failed at once": ([BotError()], []),
+}
+
+
+def list_texts(client, id):
+    return [(message["text"], message.get("status")) for message in client.list_messages(id)]
+
+
 @on_postgresql
-@pytest.mark.parametrize("steps", [["Hello"], [BotError()], ["Hello ", BotError()]])
-def test_end_of_a_reply_is_stored_while_another_conversation_is_locked(make_app, bot, gate, database, steps):
+@pytest.mark.parametrize(("steps", "messages"), ENDS.values(), ids=ENDS)
+def test_reply_whose_conversation_is_locked_at_its_end_delays_no_other(make_app, bot, gate, database, steps, messages):
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     bot.scripts["Hi"] = [gate.wait, *steps]
@@ -414,11 +426,11 @@ def test_end_of_a_reply_is_stored_while_another_conversation_is_locked(make_app,
         gate.set()
         wait_until(lambda: app.extensions["replies"].ended)
         assert bob.send_message(bob.create_conversation()).status_code == 201
-    wait_until(lambda: all(message.get("status") != "in_progress" for message in ada.list_messages(id)))
+    wait_until(lambda: list_texts(ada, id) == messages)
 
 
 @on_postgresql
-def test_edit_that_is_stopped_is_stored_while_another_conversation_is_locked(make_app, bot, gate, database):
+def test_edit_whose_conversation_is_locked_as_it_is_stopped_delays_no_other(make_app, bot, gate, database):
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     id = ada.create_conversation()
@@ -426,17 +438,19 @@ def test_edit_that_is_stopped_is_stored_while_another_conversation_is_locked(mak
     bot.scripts["Hi"] = [gate.wait]
     reply_id = ada.edit_message(id, message_id, "Hi", headers=ASYNC).json[1]["id"]
     with (
+        lock_conversation(database, id) as connection,
         run_in_background(lambda: ada.stop_reply(id, reply_id)) as [stop],
-        lock_conversation(database, id),
     ):
         wait_until(lambda: app.extensions["replies"].ended)
         assert bob.send_message(bob.create_conversation()).status_code == 201
+        connection.commit()
     assert stop.result().status_code == 200
-    assert [message["text"] for message in ada.list_messages(id)] == ["Hi", ""]
+    assert list_texts(ada, id) == [("Hi", None), ("", "stopped")]
 
 
 @on_postgresql
-def test_growing_reply_is_saved_while_another_conversation_is_locked(make_app, bot, gate, database):
+def test_growing_reply_whose_conversation_is_locked_delays_no_other(app, make_app, bot, gate, database, monkeypatch):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     first_gate = Gate()
@@ -444,11 +458,66 @@ def test_growing_reply_is_saved_while_another_conversation_is_locked(make_app, b
     ids = [client.create_conversation() for client in (ada, bob)]
     for client, id in zip((ada, bob), ids, strict=True):
         start_reply(client, id, "Hi")
+    heartbeat = "SELECT heartbeat_at FROM message WHERE conversation_id = :id AND sender = 'bot'"
     with lock_conversation(database, ids[0]):
         first_gate.set()
         wait_until(lambda: bob.list_messages(ids[1])[1]["text"] == "Hello ")
         assert ada.list_messages(ids[0])[1]["text"] == ""
+        before = execute(app, heartbeat, id=ids[0])
+        wait_until(lambda: execute(app, heartbeat, id=ids[0]) != before)
     wait_until(lambda: ada.list_messages(ids[0])[1]["text"] == "Hello ")
+
+
+@on_postgresql
+def test_heartbeat_of_a_reply_that_is_being_deleted_delays_no_other(make_app, bot, gate, database, monkeypatch):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
+    app = make_app(bot=bot)
+    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    bot.scripts["Hi"] = [gate.wait]
+    id, other_id = ada.create_conversation(), bob.create_conversation()
+    start_reply(ada, id, "Hi")
+    with lock_conversation(database, id) as connection:
+        connection.execute("DELETE FROM conversation WHERE id = %s", [id])
+        for _ in range(5):  # meanwhile, a heartbeat is due
+            assert bob.send_message(other_id).status_code == 201
+            time.sleep(PAUSE)
+        connection.rollback()
+
+
+def cancel_blocked(connection):
+    """Cancel the statement of another transaction that waits for a lock of this connection's."""
+    wait_until_blocked(connection)
+    query = "SELECT pg_cancel_backend(pid) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+    connection.execute(query)
+
+
+@on_postgresql
+def test_edit_that_failed_is_undone_once_if_another_reply_cannot_be_stored(make_app, bot, gate, database):
+    app = make_app(bot=bot)
+    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    gates = [Gate() for _ in range(2)]
+    bot.scripts.update(
+        {"First": [gates[0].wait, BotError()], "Second": [gate.wait, "Hello"], "Hi": [gates[1].wait, "Hello"]}
+    )
+    id, other_id = ada.create_conversation(), bob.create_conversation()
+    message_id = ada.send_message(id).json[0]["id"]
+    ada.edit_message(id, message_id, "First", headers=ASYNC)
+    other_reply = start_reply(bob, other_id, "Hi")[1]
+    with lock_conversation(database, other_id) as connection:
+        connection.commit()
+        connection.execute("SELECT FROM message WHERE id = %s FOR UPDATE", [other_reply["id"]])
+        gates[1].set()
+        wait_until_blocked(connection)
+        gates[0].set()
+        wait_until(lambda: len(app.extensions["replies"].ended) == 2)
+        cancel_blocked(connection)
+        edit = partial(ada.edit_message, id, message_id, "Second", headers=ASYNC)
+        wait_until(lambda: edit().status_code == 202)  # the first one is undone
+        cancel_blocked(connection)
+        connection.commit()
+    wait_until(lambda: list_texts(bob, other_id) == [("Hi", None), ("Hello", None)])
+    gate.set()
+    wait_until(lambda: list_texts(ada, id) == [("Second", None), ("Hello", None)])
 
 
 def end_abandoned(app, replies):

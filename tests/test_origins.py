@@ -222,6 +222,13 @@ def test_preflight_of_more_than_1000_characters_of_headers_returns_400_and_allow
     assert response.json == {"error": "Access-Control-Request-Headers must be at most 1000 characters"}
 
 
+def test_preflight_of_too_many_headers_with_an_invalid_cookie_allows_none(client):
+    headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST", "Cookie": "remember_token=\xe9"}
+    response = client.options(CONVERSATION, headers={**headers, "Access-Control-Request-Headers": "accept," * 200})
+    assert response.status_code == 400
+    assert "Access-Control-Allow-Headers" not in response.headers
+
+
 def test_preflight_of_a_foreign_origin_allows_nothing(client):
     response = client.options(CONVERSATION, headers={"Origin": FOREIGN, "Access-Control-Request-Method": "DELETE"})
     assert not [name for name, _ in response.headers if name.startswith("Access-Control")]

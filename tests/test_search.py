@@ -254,7 +254,7 @@ def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path
         assert bob.get(path).status_code == ada.get("/api/conversations").status_code == 200
         return response.status_code, response.json, response.headers["Retry-After"]
 
-    assert run_long_query(search_again, ada.user_id, in_thread=False) == (
+    assert run_long_query(search_again, ada.user_id, "search", in_thread=False) == (
         503,
         {"error": "The server is busy, try again later"},
         "5",

@@ -283,7 +283,7 @@ def count_concurrent_searches(user_ids):
         time.sleep(0.05)
         running.pop()
 
-    run_concurrently(len(user_ids), lambda number: run_long_query(search, user_ids[number], in_thread=False))
+    run_concurrently(len(user_ids), lambda number: run_long_query(search, user_ids[number], "search", in_thread=False))
     return max(most)
 
 
@@ -297,16 +297,16 @@ def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locke
 
     def search_again():
         with pytest.raises(ServiceUnavailable) as caught:
-            run_long_query(str, 1, in_thread=False)
+            run_long_query(str, 1, "search", in_thread=False)
         return caught.value.retry_after
 
-    assert run_long_query(lambda: run_all(search_again), 1, in_thread=False) == [5]
-    assert run_long_query(lambda: run_long_query(str, 2, in_thread=False), 1, in_thread=False) == ""
+    assert run_long_query(lambda: run_all(search_again), 1, "search", in_thread=False) == [5]
+    assert run_long_query(lambda: run_long_query(str, 2, "search", in_thread=False), 1, "search", in_thread=False) == ""
 
 
 def test_run_long_query_in_thread_does_not_stop_the_event_loop():
     assert run_gevent("""
-search = gevent.spawn(run_long_query, block, 1, True)
+search = gevent.spawn(run_long_query, block, 1, "search", True)
 while not started:
     gevent.sleep(0.01)
 lock.release()
@@ -318,7 +318,7 @@ print(search.successful())
 def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
     assert run_gevent("""
 try:
-    run_long_query(lambda: 1 / 0, 1, True)
+    run_long_query(lambda: 1 / 0, 1, "search", True)
 except ZeroDivisionError:
     print("raised")
 """) == ["raised"]

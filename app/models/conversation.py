@@ -43,7 +43,7 @@ from app.models.message import HEARTBEAT_TIMEOUT, Message, message_to_dict
 from app.models.user import User
 
 MAX_HISTORY_MESSAGES = 200  # that a bot is given
-MAX_MEASURED = 2000  # messages of a list whose size is looked at before they are read
+MAX_SHORT_LIST = 2000  # messages: a list of more is long, whatever their sizes
 
 
 class Conversation(db.Model):
@@ -109,23 +109,24 @@ class Conversation(db.Model):
 
     @classmethod
     def is_short(cls, *filters):
-        """Return the SQL condition that a page could have all messages of conversations; see select_for_user().
+        """Return the SQL condition that the messages of select_with_messages() are as few and short as on a page.
 
-        Of more than MAX_MEASURED messages it does not read the sizes.
+        If there are more than MAX_SHORT_LIST, their sizes are not read.
         """
-        count = cls.sum_of_messages(func.count(Message.id), *filters)
-        size = cls.sum_of_messages(func.sum(octet_length(Message.text) + ITEM_BYTES), *filters)
-        return and_(count <= MAX_MEASURED, size <= MAX_PAGE_BYTES)
+        limit = bindparam("messages") if "messages" in filters else None
+        newest = Message.select_newest(cls.id, limit).subquery()
+        count = cls.add_up(select(func.count(newest.c.id)), *filters)
+        size = cls.add_up(select(func.sum(newest.c.size)), *filters)
+        return and_(count <= MAX_SHORT_LIST, size <= MAX_PAGE_BYTES)
 
     @classmethod
-    def sum_of_messages(cls, aggregate, *filters):
-        """Return the SQL expression of the sum of what an aggregate function returns for each conversation's messages.
+    def add_up(cls, of_one, *filters):
+        """Return the SQL expression of a sum over conversations, of each of which a query returns a number.
 
-        For all conversations at once, the database might read the messages of all users.
+        With one query for all of them, the database might read the messages of all users.
         """
-        of_one = select(aggregate).where(Message.conversation_id == cls.id).correlate(cls).scalar_subquery()
-        query = cls.select_for_user(*filters).with_only_columns(func.coalesce(func.sum(of_one), 0))
-        return query.order_by(None).correlate(None).scalar_subquery()
+        total = func.coalesce(func.sum(of_one.scalar_subquery()), 0)
+        return cls.select_for_user(*filters).with_only_columns(total).order_by(None).correlate(None).scalar_subquery()
 
     @classmethod
     @cache  # as that of select_for_user()
@@ -217,15 +218,16 @@ TOUCH_CONVERSATION = (
     .values(updated_at=bindparam("now"))
 )
 # The subquery finds no row that another transaction has locked; on SQLite there are no such locks.
-UNLOCKED = Conversation.__table__.alias().c
-SELECT_UNLOCKED = (
-    select(UNLOCKED.id)
-    .where(UNLOCKED.id == bindparam("conversation_id"))
-    .with_for_update(skip_locked=True, key_share=True)
-)
 TOUCH_UNLOCKED = (
     update(Conversation.__table__)
-    .where(CONVERSATION.id == SELECT_UNLOCKED.scalar_subquery())
+    .where(
+        CONVERSATION.id
+        == select(CONVERSATION.id)
+        .where(CONVERSATION.id == bindparam("conversation_id"))
+        .with_for_update(skip_locked=True, key_share=True)
+        .correlate(None)
+        .scalar_subquery()
+    )
     .values(updated_at=bindparam("now"))
 )
 SAVE_REPLY = (
@@ -291,10 +293,10 @@ def touch(conversation_id, user_id):
 def touch_unlocked(connection, ids):
     """Do as touch() for several conversations, without waiting; return the ids of those that a transaction has locked.
 
-    What stores the replies of all users must not wait for the requests of one of them.
+    The thread that stores the replies of all users must not wait for a request of one of them.
     """
     now = datetime.now(UTC)
-    values = [{"conversation_id": id, "now": now} for id in sorted(ids)]
+    values = [{"conversation_id": id, "now": now} for id in ids]
     if connection.execute(TOUCH_UNLOCKED, values).rowcount == len(values):
         return set()
     locked = select(CONVERSATION.id).where(CONVERSATION.id.in_(ids), CONVERSATION.updated_at != now)
@@ -459,9 +461,11 @@ def save_replies(rows):
 
 
 def save_heartbeats(ids):
-    """Record that replies in progress are being generated, though there is nothing new of them; commit."""
-    in_progress = (Message.id.in_(ids)) & (Message.status == "in_progress")
-    db.session.execute(update(Message).where(in_progress).values(heartbeat_at=database_now()))
+    """Record that replies in progress are being generated, unless a transaction has locked them; commit."""
+    in_progress = select(Message.id).where(Message.id.in_(ids), Message.status == "in_progress")
+    unlocked = in_progress.with_for_update(skip_locked=True, key_share=True)
+    heartbeat = update(Message.__table__).where(MESSAGE.id.in_(unlocked)).values(heartbeat_at=database_now())
+    db.session.execute(heartbeat)
     db.session.commit()
 
 
@@ -485,7 +489,8 @@ def fail_abandoned():
         return
     with db.engine.begin() as connection:
         locked_ids = touch_unlocked(connection, {row.conversation_id for row in rows})
-        edited_ids = [row.replaces_id for row in rows if row.replaces_id and row.conversation_id not in locked_ids]
+        unlocked = [row for row in rows if row.conversation_id not in locked_ids]
+        edited_ids = [row.replaces_id for row in unlocked if row.replaces_id]
         connection.execute(delete(messages).where(messages.c.replaces_id.in_(edited_ids)))
-        abandoned &= messages.c.conversation_id.not_in(locked_ids)
+        abandoned &= messages.c.id.in_([row.id for row in unlocked])
         connection.execute(update(messages).where(abandoned).values(status="failed", heartbeat_at=None))

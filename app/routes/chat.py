@@ -57,10 +57,10 @@ def list_conversations():
     """List the conversations of the current user with their messages."""
     filters = get_list_args()
     list_func = partial(list_page if "limit" in filters else list_all, filters)
-    return read_long(list_func) if "folded" in filters else list_func()
+    return read_long(list_func, "search") if "folded" in filters else list_func()
 
 
-def read_long(func):
+def read_long(func, purpose):
     """Return what a function that reads many messages returns, see run_long_query().
 
     SQLite would stop the event loop meanwhile.
@@ -70,7 +70,7 @@ def read_long(func):
         db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
     else:
         db.session.close()  # holds no connection while other long queries run
-    return run_long_query(func, user_id, in_thread=is_sqlite)
+    return run_long_query(func, user_id, purpose, in_thread=is_sqlite)
 
 
 def list_all(filters):
@@ -85,13 +85,13 @@ def list_all(filters):
 
 
 def list_with_messages(filters):
-    """Return the rows of Conversation.list_for_user(), read as a long query if a page could not have the messages."""
+    """Return the rows of Conversation.list_for_user(), read as a long query if they are not as short as a page."""
     list_func = partial(Conversation.list_for_user, current_user.id, **filters)
-    if "folded" in filters:  # this is part of a long query
+    if "folded" in filters or filters.get("messages") == 0:  # part of a long query, or short
         return list_func()
     rows = list_func(if_short=True)
-    is_long = any(row.messages_json is None for row in rows)
-    return read_long(list_func) if is_long else rows
+    is_long = rows and rows[0].messages_json is None  # the condition is the same for all rows
+    return read_long(list_func, "list") if is_long else rows
 
 
 def list_page(filters):
@@ -240,7 +240,7 @@ def search_messages():
     q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
     before, user_id = get_int_arg("before"), current_user.id
-    rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before))
+    rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before), "search")
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
     return conditional_response(results, hash_version(results), next_page)

@@ -1,11 +1,13 @@
 """The served program under load: open streams, waiting sends, bursts, and followers that do not read."""
 
+import re
 import select
 import socket
 import sqlite3
 import statistics
 import time
 from contextlib import ExitStack, closing
+from itertools import pairwise
 
 import psycopg
 import pytest
@@ -264,6 +266,18 @@ def test_client_that_pipelines_leaves_turns_to_new_connections(serve):
         position = server.output.partition("the-new-connection")[0].count("/api/unknown")
         record_measurement("requests answered before", position)
         assert position < 40
+
+
+def test_clients_that_pipeline_take_turns(serve):
+    server = serve(WEB_CONCURRENCY=1)
+    with connect(server.port) as first, connect(server.port) as second:
+        for connection, name in ((first, "first"), (second, "second")):
+            connection.sendall(format_head("GET /api/unknown HTTP/1.1", f"X-Request-ID: {name}") * 100)
+        wait_until(lambda: server.output.count("/api/unknown") == 200)
+    names = re.findall(r"\[(first|second)\]", server.output)
+    turns = sum(name != following for name, following in pairwise(names))
+    record_measurement("turns", turns)
+    assert turns > 100
 
 
 def test_200_concurrent_signups_get_different_ids(serve):
