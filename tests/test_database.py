@@ -471,6 +471,7 @@ def test_growing_reply_whose_conversation_is_locked_delays_no_other(app, make_ap
 @on_postgresql
 def test_heartbeat_of_a_reply_that_is_being_deleted_delays_no_other(make_app, bot, gate, database, monkeypatch):
     monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
+    monkeypatch.setattr("app.replies.STORE_TIMEOUT", 6)  # less than a statement waits for a lock
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     bot.scripts["Hi"] = [gate.wait]
