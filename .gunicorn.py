@@ -39,7 +39,7 @@ SEND_TIMEOUT = 30  # without progress, so that a slow reader is served however l
 SEND_CHECK_INTERVAL = 5
 
 MAX_HEAD_SIZE = 16 * 1024  # bytes of all header fields, as in Node.js; to parse Accept or Cookie of that takes 15 ms
-CONNECTIONS_PER_TURN = 10  # that a worker accepts: with 1, the last of 100 clients would wait for seconds
+CONNECTIONS_PER_TURN = 2  # that a worker accepts: with 1, new ones wait longer; with 10, one worker gets all of a few
 EVENT_LOOP_TURN = 1e-6  # seconds: the event loop looks for new data and connections in between
 
 wsgi_app = "run:app"
