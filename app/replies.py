@@ -15,13 +15,7 @@ from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
 from app.errors import DATABASE_UNAVAILABLE, database_unavailable
-from app.models.conversation import (
-    fail_abandoned,
-    list_in_progress,
-    save_heartbeats,
-    save_replies,
-    touch_unlocked,
-)
+from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies, touch_unlocked
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
 MAX_REPLY_CHARS = 100_000

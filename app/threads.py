@@ -51,10 +51,8 @@ def run_long_query(func, user_id, purpose, in_thread):
     LONG_QUERY_WAIT for the user's others, or as long for those of other users.
     """
     with ExitStack() as stack:
-        for lock in (
-            long_query_locks.setdefault((user_id, purpose), threading.Lock()),
-            long_query_slots[purpose],
-        ):
+        user_lock = long_query_locks.setdefault((user_id, purpose), threading.Lock())
+        for lock in (user_lock, long_query_slots[purpose]):
             if not lock.acquire(timeout=LONG_QUERY_WAIT):
                 raise ServiceUnavailable("The server is busy, try again later", retry_after=QUEUE_RETRY_AFTER)
             stack.callback(lock.release)
