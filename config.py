@@ -29,7 +29,7 @@ from werkzeug.security import generate_password_hash
 ENV_FILE = Path(__file__).with_name(".env")
 LOGGED_WARNINGS = "CHATBOT_LOGGED_WARNINGS"  # an environment variable, so that child processes inherit it
 MIN_SECRET_KEY_LENGTH = 32
-SECRET_KEY_REQUIRED = "must be set, because each process of this server would generate its own"
+MUST_BE_SHARED = "must be set, because each process of this server would have its own"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 MULTIPLE_HOSTS = re.compile(r"(postgres(?:ql)?(?:\+psycopg)?://(?:[^@/?]*@)?)([^@/?]+,[^@/?]+)([^?]*)(?:\?(.*))?")
@@ -54,7 +54,7 @@ def parse_str(value):
 def parse_secret_key(value):
     """Return a secret key; without a value, generate one for this process."""
     if not value and "SERVER_SOFTWARE" in os.environ:  # set by gunicorn
-        raise ValueError(SECRET_KEY_REQUIRED)
+        raise ValueError(MUST_BE_SHARED)
     if value and len(parse_str(value)) < MIN_SECRET_KEY_LENGTH:
         raise ValueError(f"must have at least {MIN_SECRET_KEY_LENGTH} characters")
     return value or secrets.token_hex(32)
@@ -194,10 +194,10 @@ def parse_connect_args(url):
     """
     from psycopg.pq import Conninfo  # 0.1 s that SQLite need not spend
 
-    known = {"prepare_threshold", *(option.keyword.decode() for option in Conninfo.get_defaults())}
+    known_options = {"prepare_threshold", *(option.keyword.decode() for option in Conninfo.get_defaults())}
     connect_args = {}
     for name, value in url.query.items():
-        if name not in known:
+        if name not in known_options:
             raise ValueError("must have no options but libpq's and prepare_threshold")
         if name in ("host", "port"):
             continue

@@ -65,11 +65,13 @@ def set_secure_cookie_default():
 def load_app():
     """Return the application, or exit with one line that names the invalid setting."""
     from app import create_app
-    from config import SECRET_KEY_REQUIRED, ConfigError, get_script_info, load_values
+    from config import MUST_BE_SHARED, ConfigError, get_script_info, load_values
 
     with exit_on_config_error():
-        if __name__ != "__main__" and get_script_info() is None and "SECRET_KEY" not in load_values():
-            raise ConfigError(f"SECRET_KEY {SECRET_KEY_REQUIRED}")
+        if __name__ != "__main__" and get_script_info() is None:
+            for name in ("SECRET_KEY", "SESSIONS_VALID_FROM"):
+                if name not in load_values():
+                    raise ConfigError(f"{name} {MUST_BE_SHARED}")
         return create_app()
 
 

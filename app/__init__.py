@@ -44,9 +44,10 @@ class Application(Flask):
 class SessionInterface(SecureCookieSessionInterface):
     """Flask's signed cookies without an age: the database ends sessions, and the servers' clocks need not agree."""
 
-    def __init__(self, secret_key):
+    def __init__(self, app):
+        keys = [*(app.config["SECRET_KEY_FALLBACKS"] or ()), app.secret_key]  # the last one signs
         options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
-        self.signing_serializer = URLSafeSerializer(secret_key, self.salt, self.serializer, signer_kwargs=options)
+        self.signing_serializer = URLSafeSerializer(keys, self.salt, self.serializer, signer_kwargs=options)
 
     def get_signing_serializer(self, app):
         return self.signing_serializer
@@ -64,7 +65,7 @@ def create_app(config=None, bot=None):
     app = Application(__name__, static_folder=None)
     app.config.from_object(Config(config))
     app.json = OrjsonProvider(app)
-    app.session_interface = SessionInterface(app.secret_key)
+    app.session_interface = SessionInterface(app)
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:

@@ -105,29 +105,29 @@ def split_words(text):
 
 
 def fit_history(history, max_chars):
-    """Return the latest whole turns of a history within `max_chars` characters, but always the new message.
+    """Return the latest whole exchanges of a history within `max_chars` characters, but always the new message.
 
     The result begins with the user and alternates: consecutive messages of one sender are joined by a blank line.
     """
-    turns = split_turns(history)
+    exchanges = split_into_exchanges(history)
     new_sender, new_text = history[-1]
-    if not turns or len(turns[-1]["user"]) > max_chars:
+    if not exchanges or len(exchanges[-1]["user"]) > max_chars:
         return [(new_sender, new_text)]
-    first, remaining = len(turns), max_chars
-    while first and (remaining := remaining - sum(map(len, turns[first - 1].values()))) >= 0:
+    first, remaining = len(exchanges), max_chars
+    while first and (remaining := remaining - sum(map(len, exchanges[first - 1].values()))) >= 0:
         first -= 1
-    return [message for turn in turns[first:] for message in turn.items()]
+    return [message for exchange in exchanges[first:] for message in exchange.items()]
 
 
-def split_turns(history):
-    """Return the turns of a history, each a dict of the user's text and, if there is one, the bot's text."""
-    turns = []
+def split_into_exchanges(history):
+    """Return the exchanges of a history, each a dict of the user's text and, if there is one, the bot's text."""
+    exchanges = []
     for sender, text in history:
         if not text:
             continue
-        if sender == "user" and (not turns or "bot" in turns[-1]):
-            turns.append({"user": text})
-        elif turns:
-            previous = turns[-1].get(sender)
-            turns[-1][sender] = f"{previous}\n\n{text}" if previous else text
-    return turns
+        if sender == "user" and (not exchanges or "bot" in exchanges[-1]):
+            exchanges.append({"user": text})
+        elif exchanges:
+            previous = exchanges[-1].get(sender)
+            exchanges[-1][sender] = f"{previous}\n\n{text}" if previous else text
+    return exchanges

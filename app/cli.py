@@ -31,7 +31,7 @@ DEMO_STATUSES = {
     "A reply in progress": "in_progress",  # "failed" after HEARTBEAT_TIMEOUT, as no process generates it
 }
 PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
-PRUNE_PAUSE = 0.05  # seconds between two of them, in which other writers have their turn
+PRUNE_PAUSE = 0.05  # seconds between two of them, in which other transactions can write
 
 
 @click.command()
@@ -39,11 +39,15 @@ PRUNE_PAUSE = 0.05  # seconds between two of them, in which other writers have t
 def demo():
     """Add some users and conversations, for a front end to show."""
     password_hash = hash_password(DEMO_PASSWORD)
+    demo_users = []
     for username, conversations in DEMO.items():
         user = User(username=username, password_hash=password_hash)
         user.conversations = [create_conversation(name, texts) for name, texts in conversations.items()]
-        db.session.add(user)
-    user.conversations += [create_conversation(name, ["Hello"], status) for name, status in DEMO_STATUSES.items()]
+        demo_users.append(user)
+    demo_users[-1].conversations += [
+        create_conversation(name, ["Hello"], status) for name, status in DEMO_STATUSES.items()
+    ]
+    db.session.add_all(demo_users)
     try:
         db.session.commit()
     except IntegrityError:

@@ -20,9 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 
 MAX_ID = 2**63 - 1
-# A page ends before its texts have more than this. JSON makes a text up to six times longer: a page has at most 4 MiB.
+# A page ends before its texts exceed this size. JSON makes a text up to six times longer: a page has at most 4 MiB.
 MAX_PAGE_BYTES = 4 * 2**20 // 6
-ITEM_BYTES = 25  # for the other fields of a message or a conversation, which take up to 150 bytes of JSON
+ITEM_BYTES = 150 // 6  # the other fields of a message or a conversation take up to 150 bytes of JSON
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 
@@ -44,6 +44,8 @@ Timestamp = DateTime(timezone=True).with_variant(SQLiteDateTime(), "sqlite")
 class Base(DeclarativeBase):
     """The models' base: named constraints, 64-bit integers, timestamps in UTC."""
 
+    # An attribute `type_annotation_map` beside the registry, which SQLAlchemy adds to any base, would be rejected when
+    # Flask-SQLAlchemy copies the attributes to a base of its own.
     registry = registry(
         metadata=MetaData(
             naming_convention={
@@ -57,6 +59,11 @@ class Base(DeclarativeBase):
         # SQLite generates 64-bit keys only for a column declared INTEGER.
         type_annotation_map={int: BigInteger().with_variant(Integer, "sqlite"), datetime: Timestamp},
     )
+
+    @classmethod
+    def exists(cls, connection, id):
+        """Return whether there is a row with this id."""
+        return connection.scalar(select(cls.id).where(cls.id == id)) is not None
 
 
 class Session(FlaskSession):
@@ -73,8 +80,9 @@ class Session(FlaskSession):
 def autocommit(engine):
     """Return the engine in autocommit mode, to read: PostgreSQL then needs no BEGIN and ROLLBACK, SQLite no lock.
 
-    SQLite's driver begins no transaction for a SELECT (and a write would be rolled back). Its own AUTOCOMMIT level
-    would take a tenth of a request to set and reset.
+    Do not write with it: PostgreSQL would commit each statement by itself, but SQLite would roll back what is not
+    committed, because its driver begins a transaction for a write. It begins none for a SELECT, and its own AUTOCOMMIT
+    level would take a tenth of a request to set and reset.
     """
     if engine.dialect.name == "sqlite":
         return engine.execution_options(begin_immediate=False)
@@ -180,7 +188,7 @@ def compile_database_now_for_postgresql(element, compiler, **kw):
 def fold_case(value):
     """Return a text as searches compare it: in NFC and without differences of case.
 
-    PostgreSQL can do just this, too: str.casefold() has no equal there.
+    str.casefold() has no equivalent in PostgreSQL; this has, see compile_contains_for_postgresql().
     """
     if value.isascii():
         return value.lower()
@@ -253,16 +261,18 @@ def configure_sqlite(connection, record):
 
 def begin_immediate(connection):
     """Begin a transaction on SQLite with the write lock, so that it cannot fail halfway because of another one."""
-    if connection.get_execution_options().get("begin_immediate", True):
-        retry_while_locked(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"), OperationalError)
+    options = connection.get_execution_options()
+    if options.get("begin_immediate", True):
+        timeout = options.get("lock_timeout", SQLITE_LOCK_TIMEOUT)
+        retry_while_locked(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"), OperationalError, timeout)
 
 
-def retry_while_locked(func, exception):
-    """Call a function again while SQLite is locked, for SQLITE_LOCK_TIMEOUT; return its result.
+def retry_while_locked(func, exception, timeout=SQLITE_LOCK_TIMEOUT):
+    """Call a function again while SQLite is locked, for some seconds; return its result.
 
     SQLite's own waiting would stop all greenlets of a worker; this sleep lets them go on.
     """
-    deadline = time.monotonic() + SQLITE_LOCK_TIMEOUT
+    deadline = time.monotonic() + timeout
     delay = 0.001
     while True:
         try:
@@ -287,7 +297,7 @@ def discard_read_only_connection(context):
 
 
 class DatabaseQuery(Thread):
-    """A query that takes no longer than others wait for it; `is_answered` tells whether the database has answered."""
+    """A query in its own thread, so that the caller can stop waiting; `is_answered` tells whether it has succeeded."""
 
     def __init__(self, engine, statement):
         super().__init__(name="query", daemon=True)
@@ -296,7 +306,10 @@ class DatabaseQuery(Thread):
         self.is_answered = False
 
     def run(self):
-        """Execute the statement. A SQLite file that was deleted would still be there for those who have it open."""
+        """Execute the statement.
+
+        On SQLite, check that the file exists: an open connection can still read a deleted file.
+        """
         if self.engine.dialect.name == "sqlite" and not os.path.exists(self.engine.url.database):
             return
         with suppress(SQLAlchemyError), self.engine.connect() as connection:

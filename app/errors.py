@@ -16,7 +16,7 @@ from werkzeug.exceptions import (
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
 from app.database import format_traceback, is_missing_table
 
-RETRY_AFTER = 2  # seconds after which to try again when the database is unavailable
+RETRY_AFTER = 2  # seconds after which clients may try again when the database or the server is busy
 ERROR_MESSAGES = {
     401: "Login required",
     404: "Not found",

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import orjson
 from flask import abort, current_app, g, has_app_context, request
 from flask.logging import default_handler
+from flask_login import COOKIE_NAME as REMEMBER_COOKIE_NAME
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from app.database import SAFE_METHODS
@@ -78,8 +79,8 @@ def before_request():
     if len(request.headers.get("Access-Control-Request-Headers", "")) > MAX_CORS_HEADERS_LENGTH:
         del request.environ["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"]  # Flask-CORS would read it for this error, too
         abort(400, f"Access-Control-Request-Headers must be at most {MAX_CORS_HEADERS_LENGTH} characters")
-    if not request.cookies.get("remember_token", "").isascii():  # Flask-Login would raise TypeError
-        abort(400, "The cookie remember_token must be ASCII")
+    if not request.cookies.get(REMEMBER_COOKIE_NAME, "").isascii():  # Flask-Login would raise TypeError
+        abort(400, f"The cookie {REMEMBER_COOKIE_NAME} must be ASCII")
     if request.method not in SAFE_METHODS:
         check_origin()
         read_body()

@@ -62,7 +62,7 @@ class ReplyStream:
     def __init__(self, bot, history):
         self._bot = bot
         self._history = history
-        self._exchange = Exchange(bot.server)
+        self._connection = ModelConnection(bot.server)
         self._completion = Completion()
         self._items = SimpleQueue()  # texts, of which an empty one is a sign of life only, and finally an exception
         self._end = None
@@ -83,7 +83,7 @@ class ReplyStream:
         """End the reply, unless it has ended, and close the connection; any thread may do so."""
         if not self._end:
             self._items.put(StopIteration())  # before the error that aborting causes
-            self._exchange.abort()
+            self._connection.abort()
 
     def close(self):
         """End the reply, as for a generator."""
@@ -98,7 +98,7 @@ class ReplyStream:
             items = [self._items.get(timeout=timeout)]
         except Empty:
             if completion.is_finished:
-                self._exchange.abort()  # the thread ends the reply
+                self._connection.abort()  # the thread ends the reply
                 return ""
             self.cancel()
             items = [BotTimeout(f"no text from the model for {timeout} s")]
@@ -121,7 +121,7 @@ class ReplyStream:
         except Exception as error:
             end = error
         self._items.put(end)
-        self._exchange.release()
+        self._connection.release()
 
     def _read_reply(self):
         """Yield the texts of the reply; ask with half the history as often as the context is exceeded."""
@@ -134,17 +134,17 @@ class ReplyStream:
                 length = sum(len(text) for _, text in history)
                 if length == len(self._history[-1][1]):
                     raise BotMessageTooLong(str(error)) from None
-            self._exchange.release()
+            self._connection.release()
             history = fit_history(self._history, length // 2)
 
     def _read_response(self, body):
         """Send a request and yield the texts of its response; an empty one stands for reasoning."""
-        response = self._exchange.send(body)
+        response = self._connection.send(body)
         if not 200 <= response.status < 300:
-            raise parse_error(response.status, self._exchange.read_error(), response.headers["Retry-After"])
+            raise parse_error(response.status, self._connection.read_error(), response.headers["Retry-After"])
         self._completion = completion = Completion()
         try:
-            for data in iter_events(self._exchange.iter_blocks()):
+            for data in iter_events(self._connection.iter_blocks()):
                 text = completion.receive(data)
                 if text is not None:
                     yield text
@@ -193,8 +193,8 @@ opener = OpenerDirector()
 opener.add_handler(ModelHandler())
 
 
-class Exchange:
-    """A request to the model server and its response, which another thread can abort.
+class ModelConnection:
+    """A connection to the model server for one request and its response, which another thread can abort.
 
     After `release()` it can send another request.
     """
@@ -202,7 +202,7 @@ class Exchange:
     def __init__(self, server):
         self._server = server
         self._lock = Lock()
-        self._connection = self._socket = self._response = None
+        self._http_connection = self._socket = self._response = None
         self._is_aborted = False
 
     def send(self, body):
@@ -217,7 +217,7 @@ class Exchange:
         return self._send(self._server.create_connection(), body)
 
     def _send(self, connection, body):
-        self._connection = connection
+        self._http_connection = connection
         connection.response_class = Response
         if connection.sock is None:
             connection.connect()
@@ -258,13 +258,13 @@ class Exchange:
                     self._socket.shutdown(SHUT_RDWR)
 
     def release(self):
-        """Keep the connection for another exchange if the rest of the response is short, else close it."""
+        """Keep the connection for another request if the rest of the response is short, else close it."""
         if self._response:
             self._drain()
         with self._lock:
             self._socket = None
-        connection, response = self._connection, self._response
-        self._connection = self._response = None
+        connection, response = self._http_connection, self._response
+        self._http_connection = self._response = None
         if response and response.isclosed() and connection.sock and not self._is_aborted:
             self._server.keep_idle_connection(connection)
         elif connection:

@@ -15,7 +15,7 @@ MAX_LINE_BYTES = 2_000_000
 MAX_RESPONSE_BYTES = 64_000_000
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
-KIND_STATUSES = {200, 500, 502}  # which do not tell that the model is busy
+KIND_STATUSES = {200, 500, 502}  # with these, the kind of the error tells whether the model is busy
 BUSY_KIND = re.compile(r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl", re.IGNORECASE)
 CONTEXT_STATUSES = {200, 400, 422, 500}
 CONTEXT_EXCEEDED = re.compile(
@@ -28,12 +28,12 @@ CONTEXT_EXCEEDED = re.compile(
 REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)  # for the limit of a minute: no retry succeeds
 ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
 ERROR_KIND = re.compile(r"(?=.{1,40}$)([A-Za-z]+(_[A-Za-z]+)+|[A-Za-z]*(Error|Exception))")
-UNFINISHED = {"", "null", "none"}
-TRUNCATED = {
+UNFINISHED_REASONS = {"", "null", "none"}
+TRUNCATED_REASONS = {
     *("length", "max_tokens", "model_length", "model_context_window_exceeded", "insufficient_system_resource"),
     *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
 }
-BROKEN_OFF = {"error", "error_finish", "abort", "network_error"}
+ERROR_REASONS = {"error", "error_finish", "abort", "network_error"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 THINK_START, THINK_END = "<think>", "</think>"
 SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content")  # fields of a chunk without a text
@@ -91,9 +91,9 @@ class Completion:
 
     def check_end(self):
         """Raise BotError or BotTruncated unless the reply is complete."""
-        if self.finish_reason in TRUNCATED:
+        if self.finish_reason in TRUNCATED_REASONS:
             raise BotTruncated(f"the model ended the reply: {self.finish_reason}")
-        if self.finish_reason in BROKEN_OFF or not (self.finish_reason or (self.is_done and self.has_text)):
+        if self.finish_reason in ERROR_REASONS or not (self.finish_reason or (self.is_done and self.has_text)):
             raise BotError("the model broke off")
 
 
@@ -208,14 +208,14 @@ def parse_finish_reason(reason):
     if not reason:
         return None
     reason = str(reason).lower().partition(":")[0].strip()
-    return None if reason in UNFINISHED else reason
+    return None if reason in UNFINISHED_REASONS else reason
 
 
 def skip_thinking(texts):
     """Yield the texts of a reply without white space and `<think>` blocks at its beginning.
 
     An empty string is yielded for each text that is left out, as a sign that the model works. Thinking whose `<think>`
-    the chat template puts into the prompt cannot be told from the reply; the model server must take it out.
+    the chat template puts into the prompt cannot be distinguished from the reply; the model server must take it out.
     """
     texts = iter(texts)
     buffer, next_tag = "", THINK_START

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import copy
 from threading import Condition, Event, Lock, Thread
 from weakref import WeakValueDictionary
 
@@ -14,11 +15,13 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, Se
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
-from app.errors import DATABASE_UNAVAILABLE, database_unavailable
-from app.models.conversation import fail_abandoned, list_in_progress, save_heartbeats, save_replies, touch_unlocked
+from app.errors import DATABASE_UNAVAILABLE, RETRY_AFTER, bot_exception, database_unavailable, get_reason
+from app.models.conversation import Conversation, touch_if_unlocked
+from app.models.exchange import fail_abandoned, list_stop_requests, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
 MAX_REPLY_CHARS = 100_000
+MAX_FOLLOWERS = 100  # requests of a user that wait for replies or follow them in this process
 SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
 LOCKED_INTERVAL = 0.05  # seconds between two attempts to store the end of a reply whose conversation is locked
@@ -29,17 +32,27 @@ LOCK_TIMEOUT = 10  # seconds that a request waits for the user's other requests 
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 
 
+class Interrupted(ServiceUnavailable):
+    """The server was stopped while the reply was generated."""
+
+    description = "The server was stopped"
+
+    def __init__(self):
+        super().__init__(retry_after=RETRY_AFTER)
+
+
 class Reply:
     """A reply that this process generates. Any number of threads may follow it."""
 
     def __init__(self, exchange, request_id):
         self.exchange = exchange
         self.id = exchange.reply["id"]
+        self.key = exchange.key
         self.request_id = request_id
         self.status = "in_progress"
-        self.error = None  # the exception that ended it
+        self.error = None  # the HTTPException that ended it
         self.is_stored = False  # its end is in the database
-        self.is_deleted = False  # there is no reply in the database
+        self.is_lost = False  # it was deleted, or another process took it over
         self.chunks = []
         self.length = 0
         self.source = None  # the iterable that the bot returned
@@ -52,11 +65,11 @@ class Reply:
         with self.changed:
             if self.status != "in_progress":
                 return False
-            chunk = chunk[: MAX_REPLY_CHARS - self.length]
-            self.chunks.append(chunk)
-            self.length += len(chunk)
+            added = chunk[: MAX_REPLY_CHARS - self.length]
+            self.chunks.append(added)
+            self.length += len(added)
             self.changed.notify_all()
-        return self.length < MAX_REPLY_CHARS
+        return added == chunk
 
     def end(self, status, error=None):
         """Set how the reply ended; return False if it has ended before."""
@@ -67,16 +80,16 @@ class Reply:
             self.changed.notify_all()
         return True
 
-    def set_stored(self, is_deleted=False):
-        """Tell the followers that the end of the reply is in the database."""
+    def set_stored(self, is_lost):
+        """Tell the followers that the end of the reply is in the database, or that the reply no longer is."""
         with self.changed:
-            self.is_stored, self.is_deleted = True, is_deleted
+            self.is_stored, self.is_lost = True, is_lost
             self.changed.notify_all()
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
 
-        Ends when the end of the reply is stored. Raises the reply's error if the reply was deleted.
+        Ends when the end of the reply is stored. Raises what wait_until_stored() does.
         """
         count, is_over = 0, False
         while not is_over:
@@ -89,6 +102,8 @@ class Reply:
             elif not text and not is_over:
                 yield None
         self.wait_until_stored()
+        if not self.chunks and self.exchange.failed_text:  # that of the attempt before remains
+            yield self.exchange.failed_text[offset:]
 
     def wait_for_chunks(self, count):
         """Return the chunks after the first `count`, and whether there will be no more; wait for SILENCE_INTERVAL."""
@@ -97,27 +112,37 @@ class Reply:
             return self.chunks[count:], self.status != "in_progress"
 
     def wait_until_stored(self):
-        """Wait until the end of the reply is stored. Raises the reply's error if the reply was deleted."""
+        """Wait until the end of the reply is stored. Raises the error of one that was lost, or that failed at once."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
                 raise database_unavailable()
-            if self.is_deleted:
-                raise self.error or NotFound("Conversation not found")
+        if self.is_lost or self.failed_at_once():
+            raise copy(self.error)  # itself would keep what raises it, and so the history, in memory
 
-    def is_discarded(self):
-        """Return whether the exchange is to be deleted: the bot failed before its first chunk."""
-        if self.status != "failed" or self.length:
+    def failed_at_once(self):
+        """Return whether the bot failed before its first chunk."""
+        if self.status != "failed" or self.length or self.exchange.is_applied:
             return False
-        return self.exchange.replaces_id is not None or not isinstance(self.error, NotFound | ServiceUnavailable)
+        return self.exchange.is_pending_edit or not isinstance(self.error, Interrupted)
+
+    def get_text(self):
+        """Return the text so far; a retry that has ended without a chunk has that of the failed reply."""
+        is_over = self.status != "in_progress"
+        return "".join(self.chunks) or (is_over and self.exchange.failed_text) or ""
+
+    def is_to_save(self, now):
+        """Return whether the reply in progress has grown since it was saved, or needs a heartbeat."""
+        is_silent = now - self.saved_at > HEARTBEAT_INTERVAL
+        return self.status == "in_progress" and (self.length > self.saved_length or is_silent)
 
     def to_row(self):
         """Return what save_replies() stores."""
         status = self.status  # before the text, which is whole once the reply has ended
-        return self.exchange.conversation_id, self.id, "".join(self.chunks), status
+        return self.exchange.conversation_id, *self.key, self.get_text(), status
 
     def to_list(self):
         """Return the exchange as the API shows it."""
-        return exchange_to_list(self.exchange, "".join(self.chunks), self.status)
+        return exchange_to_list(self.exchange, self.get_text(), self.status)
 
 
 class StoredReply:
@@ -137,11 +162,15 @@ class StoredReply:
             is_abandoned.label("is_abandoned"),
         )
         with self.engine.connect() as connection:
-            row = connection.execute(select(*columns).where(Message.id == self.exchange.reply["id"])).one_or_none()
-        if row is None:
-            is_in_progress = self.exchange.reply.get("status") == "in_progress"
-            raise self.error if is_in_progress else NotFound("Message not found")
-        return row
+            id, attempt = self.exchange.key
+            query = select(*columns).where(Message.id == id, Message.attempt == attempt)
+            if row := connection.execute(query).one_or_none():
+                return row
+            if not Conversation.exists(connection, self.exchange.conversation_id):
+                raise NotFound("Conversation not found")
+        if self.exchange.reply.get("status") in ("in_progress", "failed"):
+            raise copy(self.error)  # it has failed: it was discarded, or is retried
+        raise NotFound("Message not found")
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
@@ -164,6 +193,18 @@ class StoredReply:
         return exchange_to_list(self.exchange, row.text, "failed" if row.is_abandoned else row.status)
 
 
+def get_http_exception(error):
+    """Return the HTTPException that clients get for any error of a reply; it can be copied."""
+    if isinstance(error, BotError):
+        return bot_exception(error)
+    if isinstance(error, DATABASE_UNAVAILABLE):
+        return database_unavailable()
+    if isinstance(error, HTTPException):
+        with suppress(Exception):  # a subclass may need arguments
+            return copy(error)
+    return InternalServerError()
+
+
 def exchange_to_list(exchange, text, status):
     """Return an exchange as the API shows it, with the text and the status that the reply has now."""
     reply = {**exchange.reply, "text": text, "status": status}
@@ -178,10 +219,11 @@ class ReplyManager:
     def __init__(self, app, bot):
         self.app = app
         self.bot = bot
-        self.replies = {}  # by id
+        self.replies = {}  # by key
         self.counts = Counter()  # of replies in progress, by user
+        self.followers = Counter()  # by user
         self.ended = deque()  # replies whose end is to be stored
-        self.errors = {}  # by id, of the last replies that were deleted: some requests may have read them before
+        self.errors = {}  # by key, of the last replies without a chunk: some requests may have read them before
         self.delayed_ids = set()  # of replies that could not be stored at the last attempt
         self.lock = Lock()
         self.conversation_locks = WeakValueDictionary()
@@ -204,15 +246,19 @@ class ReplyManager:
 
         Raises TooManyRequests if the user has MAX_CONCURRENT_REPLIES in progress in this process.
         """
+        if self.is_shutting_down:
+            raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
         self.reserve(exchange.user_id)
         try:
             db.session.commit()
         except BaseException:
-            self.release(exchange.user_id)
+            self.release(self.counts, exchange.user_id)
             raise
         reply = Reply(exchange, request_id)
+        if previous := self.replies.get((reply.id, exchange.attempt - 1)):  # was taken for dead
+            self.end(previous, "failed", database_unavailable())
         with self.lock:
-            self.replies[reply.id] = reply
+            self.replies[reply.key] = reply
             if not self.is_storing:
                 self.is_storing = True
                 Thread(target=self.store_in_background, name="replies", daemon=True).start()
@@ -228,7 +274,7 @@ class ReplyManager:
         with self.lock:
             lock = self.conversation_locks.setdefault((user_id, conversation_id), Lock())
         if not lock.acquire(timeout=LOCK_TIMEOUT):
-            raise ServiceUnavailable("The conversation is busy, try again later", retry_after=2)
+            raise ServiceUnavailable("The conversation is busy, try again later", retry_after=RETRY_AFTER)
         try:
             yield
         finally:
@@ -237,23 +283,35 @@ class ReplyManager:
     def reserve(self, user_id):
         """Count one more reply of a user, or raise TooManyRequests."""
         with self.lock:
-            if self.is_shutting_down:
-                raise ServiceUnavailable("The server is restarting, try again later", retry_after=2)
             if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
-                raise TooManyRequests("Too many replies in progress, try again later", retry_after=2)
+                raise TooManyRequests("Too many replies in progress, try again later", retry_after=RETRY_AFTER)
             self.counts[user_id] += 1
 
-    def release(self, user_id):
-        """Count one reply of a user less."""
+    def release(self, counts, user_id):
+        """Count one of a user less."""
         with self.lock:
-            self.counts[user_id] -= 1
-            if not self.counts[user_id]:
-                del self.counts[user_id]
+            counts[user_id] -= 1
+            if not counts[user_id]:
+                del counts[user_id]
+
+    def follow(self, reply, offset=0):
+        """Yield what the reply's follow() yields, and count the follower meanwhile."""
+        user_id = reply.exchange.user_id
+        with self.lock:
+            self.followers[user_id] += 1
+        try:
+            yield from reply.follow(offset)
+        finally:
+            self.release(self.followers, user_id)
+
+    def check_followers(self, user_id):
+        """Raise TooManyRequests if a user has MAX_FOLLOWERS, before another request follows a reply in progress."""
+        if self.followers[user_id] >= MAX_FOLLOWERS:
+            raise TooManyRequests("Too many requests follow replies, try again later", retry_after=RETRY_AFTER)
 
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
-        id = exchange.reply["id"]
-        return self.replies.get(id) or StoredReply(exchange, self.errors.get(id))
+        return self.replies.get(exchange.key) or StoredReply(exchange, self.errors.get(exchange.key))
 
     def join(self, exchange):
         """Return the reply of an exchange: one that is over as it was read, else as get() does."""
@@ -261,18 +319,26 @@ class ReplyManager:
 
     def stop(self, exchange):
         """Stop a reply in progress; commit. Its process stores it within about a second, see Reply.follow()."""
-        if reply := self.replies.get(exchange.reply["id"]):
+        if reply := self.replies.get(exchange.key):
             self.end(reply, "stopped")
             return
-        is_in_progress = (Message.id == exchange.reply["id"]) & (Message.status == "in_progress")
-        db.session.execute(update(Message).where(is_in_progress).values(stop_requested=True))
+        id, attempt = exchange.key
+        may_grow = Message.status.in_(["in_progress", "failed"])  # the latter, if its process was taken for dead
+        is_reply = (Message.id == id) & (Message.attempt == attempt) & may_grow
+        db.session.execute(update(Message).where(is_reply).values(stop_requested=True))
         db.session.commit()
 
     def fail_abandoned(self):
-        """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL."""
+        """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL.
+
+        The request goes on if that is impossible now.
+        """
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
-            fail_abandoned()
+            try:
+                fail_abandoned({id for id, _ in list(self.replies)})
+            except SQLAlchemyError as error:
+                self.app.logger.warning("Abandoned replies cannot be ended now: %s", get_reason(error))
 
     def shutdown(self, timeout):
         """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
@@ -281,7 +347,7 @@ class ReplyManager:
         while self.replies and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
-            self.end(reply, "failed", ServiceUnavailable("The server was stopped", retry_after=2))
+            self.end(reply, "failed", Interrupted())
         deadline = time.monotonic() + 2  # to store them
         while self.is_storing and time.monotonic() < deadline:
             self.wakeup.set()
@@ -327,7 +393,7 @@ class ReplyManager:
             chunk = chunk.lstrip()
         if not chunk or reply.status != "in_progress":
             return reply.status == "in_progress"
-        if reply.exchange.replaces_id:
+        if reply.exchange.is_pending_edit:
             self.apply_edit(reply)
         return reply.append(chunk)
 
@@ -335,21 +401,28 @@ class ReplyManager:
         """Apply the edit that a reply belongs to, or end the reply if the edited message was deleted."""
         with self.app.app_context():
             if not reply.exchange.apply_edit():
-                self.end(reply, "failed", NotFound("Message not found"))
+                self.end(reply, "failed", self.get_lost_error(reply))
 
     def end(self, reply, status, error=None):
-        """End a reply and have that stored. The log has the kind of the error, and a traceback if it is a bug."""
+        """End a reply and have that stored."""
         if not reply.end(status, error):
             return
-        extra = {"request_id": reply.request_id}
-        if isinstance(error, BotError):
-            self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, error, extra=extra)
-        elif error and not isinstance(error, HTTPException | SQLAlchemyError):
-            self.app.logger.error("The reply failed", exc_info=error, extra=extra)
-            reply.error = InternalServerError()
+        if error:
+            self.log_error(reply, error)
+            reply.error = get_http_exception(error)
         self.ended.append(reply)
         self.wakeup.set()
         self.call_source(reply, "cancel")
+
+    def log_error(self, reply, error):
+        """Log why a reply has failed, with a traceback if it is a bug."""
+        extra = {"request_id": reply.request_id}
+        if isinstance(error, BotError):
+            self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, str(error), extra=extra)
+        elif isinstance(error, SQLAlchemyError):
+            self.app.logger.error("The reply failed: %s", format_traceback(error), extra=extra)
+        elif not isinstance(error, HTTPException):
+            self.app.logger.error("The reply failed", exc_info=error, extra=extra)
 
     def store_in_background(self):
         """Store the replies until there are none for POLL_INTERVAL."""
@@ -392,46 +465,57 @@ class ReplyManager:
         """
         kept = []
         for reply in list(self.ended):
-            exchange, is_discarded = reply.exchange, reply.is_discarded()
-            if (is_discarded or exchange.replaces_id) and touch_unlocked(db.session, {exchange.conversation_id}):
+            exchange = reply.exchange
+            is_alone = reply.failed_at_once() or exchange.is_pending_edit
+            if is_alone and touch_if_unlocked(db.session, {exchange.conversation_id}):
                 continue
-            if is_discarded:
+            if reply.failed_at_once() and exchange.failed_text is None:  # now that nobody else can apply the edit
                 exchange.discard()
-                self.finish(reply, is_deleted=True)
+                self.forget(reply, is_lost=True)
                 continue
-            if exchange.replaces_id:  # stopped before its first chunk
+            if exchange.is_pending_edit:  # stopped before its first chunk
                 exchange.apply_edit()
             kept.append(reply)
         if kept:
-            locked_ids, lost_ids = save_replies([reply.to_row() for reply in kept])
+            locked_ids, lost_keys = save_replies([reply.to_row() for reply in kept])
             for reply in kept:
                 if reply.exchange.conversation_id not in locked_ids:
-                    self.finish(reply, is_deleted=reply.id in lost_ids)
+                    self.forget(reply, is_lost=reply.key in lost_keys)
 
-    def finish(self, reply, is_deleted):
+    def forget(self, reply, is_lost):
         """Tell the followers of a reply that its end is in the database, and forget the reply."""
-        self.ended.remove(reply)
-        if is_deleted and reply.error:
+        if is_lost and not reply.error:
+            reply.error = self.get_lost_error(reply)
+        if is_lost or reply.failed_at_once():
             self.keep_error(reply)
-        if self.replies.get(reply.id) is reply:  # not its retry
-            del self.replies[reply.id]
-        self.release(reply.exchange.user_id)
-        reply.set_stored(is_deleted)
+        self.ended.remove(reply)
+        del self.replies[reply.key]
+        self.release(self.counts, reply.exchange.user_id)
+        reply.set_stored(is_lost)
+
+    def get_lost_error(self, reply):
+        """Return the error of a reply that was deleted, or that another process took over."""
+        with autocommit(db.engine).connect() as connection:
+            if not Conversation.exists(connection, reply.exchange.conversation_id):
+                return NotFound("Conversation not found")
+            if not Message.exists(connection, reply.exchange.question["id"]):
+                return NotFound("Message not found")
+        return database_unavailable()  # it was, or the process of this reply was paused
 
     def keep_error(self, reply):
-        """Keep the error of a reply that was deleted, but of the last MAX_ERRORS only."""
-        self.errors[reply.id] = reply.error.with_traceback(None)  # whose frames have the history
+        """Keep the error of a reply without a chunk, but of the last MAX_ERRORS only."""
+        self.errors[reply.key] = copy(reply.error)  # without its frames, which have the history
         if len(self.errors) > MAX_ERRORS:
             del self.errors[next(iter(self.errors))]
 
     def end_overdue(self):
-        """End the replies that were deleted, that a user stops from another process, and that take too long."""
-        replies = list(self.replies.values())  # before the query: what is committed after it is not yet among them
-        is_to_stop = list_in_progress()
+        """End the replies that were lost, that a user stops from another process, and that take too long."""
+        replies = list(self.replies.values())  # before the query: one that starts after it must not look deleted
+        stop_requests = list_stop_requests([reply.id for reply in replies]) if replies else {}
         for reply in replies:
-            if reply.id not in is_to_stop:
-                self.end(reply, "failed", NotFound("Conversation not found"))
-            elif is_to_stop[reply.id]:
+            if reply.key not in stop_requests:
+                self.end(reply, "failed", self.get_lost_error(reply))
+            elif stop_requests[reply.key]:
                 self.end(reply, "stopped")
             elif time.monotonic() - reply.started_at > self.app.config["BOT_MAX_SECONDS"]:
                 overdue = BotTimeout(f"no end after {self.app.config['BOT_MAX_SECONDS']} s")
@@ -443,16 +527,10 @@ class ReplyManager:
         if now - self.saved_at < SAVE_INTERVAL:
             return
         self.saved_at = now
-        in_progress = [reply for reply in self.replies.values() if reply.status == "in_progress"]
-        growing = [reply for reply in in_progress if reply.length > reply.saved_length]
-        if growing:
-            lengths = [reply.length for reply in growing]
-            locked_ids, _ = save_replies([reply.to_row() for reply in growing])
-            for reply, length in zip(growing, lengths, strict=True):
+        replies = [reply for reply in list(self.replies.values()) if reply.is_to_save(now)]
+        if replies:
+            lengths = [reply.length for reply in replies]
+            locked_ids, _ = save_replies([reply.to_row() for reply in replies])
+            for reply, length in zip(replies, lengths, strict=True):
                 if reply.exchange.conversation_id not in locked_ids:
                     reply.saved_length, reply.saved_at = length, now
-        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL]
-        if silent:
-            save_heartbeats([reply.id for reply in silent])
-            for reply in silent:
-                reply.saved_at = now

@@ -18,7 +18,8 @@ class OrjsonProvider(JSONProvider):
         return orjson.loads(s)
 
     def response(self, *args, **kwargs):
-        body = orjson.dumps(self._prepare_response_obj(args, kwargs))
+        [obj] = args or [kwargs]
+        body = orjson.dumps(obj)  # as bytes: a list may have 100 MB
         return current_app.response_class(body, mimetype="application/json")
 
 
@@ -49,6 +50,11 @@ def format_event(name, data, id=None):
     """Return a server-sent event with JSON data."""
     id_line = b"" if id is None else b"id: %b\n" % str(id).encode()
     return b"%bevent: %b\ndata: %b\n\n" % (id_line, name.encode(), orjson.dumps(data))
+
+
+def format_event_id(length, attempt, is_last=False):
+    """Return the id of an event: the number of characters so far, the attempt unless it is the first, and "end"."""
+    return f"{length}{f' attempt {attempt}' if attempt > 1 else ''}{' end' if is_last else ''}"
 
 
 def event_stream(events, headers):

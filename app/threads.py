@@ -20,9 +20,9 @@ THREADS = os.cpu_count() or 1
 # A hash of the default cost takes about half a second, so the last in the queue waits for about five.
 MAX_QUEUED_PER_THREAD = 10
 QUEUE_RETRY_AFTER = 5  # seconds
-NICENESS = 10  # more than that of the event loop, which delays all clients; a hash that takes longer delays one
-MAX_LONG_QUERIES = 2  # searches, and as many lists, at once in a process: each may read all messages of its user
-LONG_QUERY_WAIT = 10  # seconds that one waits for the user's others, and then as many for those of other users
+NICENESS = 10  # The event loop takes precedence: a slow event loop delays all clients, a slow hash delays one.
+MAX_LONG_QUERIES = 2  # A process runs at most 2 searches and 2 lists at once: each may read all messages of its user.
+LONG_QUERY_WAIT = 10  # A query waits 10 s for others of the same user, and then another 10 s for those of other users.
 
 long_query_slots = {purpose: threading.BoundedSemaphore(MAX_LONG_QUERIES) for purpose in ("search", "list")}
 long_query_locks = WeakValueDictionary()  # by user and purpose
@@ -30,9 +30,9 @@ hash_slots = threading.BoundedSemaphore(THREADS * (1 + MAX_QUEUED_PER_THREAD))
 
 
 def run_in_threadpool(func, *args):
-    """Call a function that hashes: under gevent in a native thread, as it would stop all clients, else directly.
+    """Call a function that hashes a password, and return its result. Abort with 503 if too many calls are waiting.
 
-    Abort with 503 if too many calls are waiting.
+    Under gevent, the function runs in a native thread, because it would block the event loop.
     """
     if not is_gevent_used():
         return func(*args)
@@ -82,7 +82,7 @@ def call_with_low_priority(func, *args):
     """Call a function in a thread that leaves the processor to others; only on Linux threads have priorities."""
     if sys.platform == "linux":
         niceness = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
-        with suppress(PermissionError):  # the process was given a higher priority since
+        with suppress(PermissionError):  # the priority of the process has risen since
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
     return func(*args)
 

@@ -17,7 +17,7 @@ BLANK_CHARACTERS = re.compile(
 
 
 def get_json():
-    """Return the body, a JSON object, as a dict; abort with 400 or 415 if it is none."""
+    """Return the body, a JSON object, as a dict; abort with 400 or 415 if it is missing or invalid."""
     if not request.is_json:
         abort(415, "Content-Type must be application/json")
     try:
@@ -82,10 +82,15 @@ def get_idempotency_key():
     return key
 
 
-def get_last_event_id():
-    """Return the Last-Event-ID of a resumed stream as (number of characters received, whether the end was received)."""
-    match = re.fullmatch(r"([0-9]{1,9})( end)?", request.headers.get("Last-Event-ID", ""))
-    return (int(match[1]), bool(match[2])) if match else (None, False)
+def get_last_event_id(attempt):
+    """Return the Last-Event-ID of a resumed stream as (number of characters received, whether the end was received).
+
+    (None, False) if there is none of this attempt at the reply, see format_event_id().
+    """
+    match = re.fullmatch(r"([0-9]{1,9})(?: attempt ([0-9]{1,9}))?( end)?", request.headers.get("Last-Event-ID", ""))
+    if match and int(match[2] or 1) == attempt:
+        return int(match[1]), bool(match[3])
+    return None, False
 
 
 def prefers_async():

@@ -26,7 +26,8 @@ from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
 # Tests do not wait for what another process saves, or requests, as long as users do.
-replies.POLL_INTERVAL, replies.SAVE_INTERVAL = 0.1, 0.2
+REPLY_INTERVALS = replies.SAVE_INTERVAL, replies.POLL_INTERVAL
+replies.SAVE_INTERVAL, replies.POLL_INTERVAL = 0.2, 0.1
 
 PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"
@@ -320,6 +321,18 @@ def echo_ada(make_app):
 def bot():
     """A bot for make_app() whose steps a test may change."""
     return ScriptedBot("Hello ", "there.")
+
+
+@pytest.fixture
+def other_bot():
+    """The bot of the other process."""
+    return ScriptedBot("Hello from the other process.")
+
+
+@pytest.fixture
+def other_process(make_app, other_bot, ada):
+    """A client with the session of ada at an application that generates its replies by itself."""
+    return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
 
 
 @pytest.fixture

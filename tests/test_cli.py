@@ -1,9 +1,6 @@
 """`flask demo`, `flask users` and `flask prune`, and how they report that the database cannot be used."""
 
-import os
 import re
-import subprocess
-import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -12,30 +9,11 @@ from sqlalchemy import func, select
 from app import create_app, db
 from app.models import Conversation, Message
 from tests.conftest import CHEAP_HASH, PASSWORD, create_logged_in_client
-from tests.helpers.server import ROOT, TIMEOUT, find_free_port
+from tests.helpers.cli import invoke
+from tests.helpers.server import find_free_port
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 DEMO_EXISTS = (1, [], ["Error: the demo's users exist already"])
-
-
-def run_flask(*arguments, url):
-    """Run `python -m flask`; return its exit status and the lines of its output and of its errors."""
-    result = subprocess.run(
-        [sys.executable, "-m", "flask", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    return result.returncode, result.stdout.splitlines(), result.stderr.splitlines()
-
-
-def invoke(app, *arguments):
-    """Run a command in this process; return the same as run_flask()."""
-    result = app.test_cli_runner().invoke(args=arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.exit_code, result.stdout.splitlines(), result.stderr.splitlines()
 
 
 def list_usernames(app):
@@ -110,16 +88,6 @@ def test_users_after_a_restart_shows_who_has_not_logged_out(make_app):
     status, lines, errors = invoke(make_app(), "users")
     assert (status, errors) == (0, [])
     assert [(line.split()[1], line.split()[-1]) for line in lines] == [("Online", "here"), ("Offline", "gone")]
-
-
-def test_flask_command_has_demo(app, database):
-    status, [line], errors = run_flask("demo", url=database)
-    assert (status, errors) == (0, [])
-    assert line.startswith("Log in as charles")
-    status, lines, errors = invoke(app, "users")
-    assert (status, errors) == (0, [])
-    expected = [[str(n), "Offline", "never", name] for n, name in enumerate(("charles", "alan", "barbara"), 1)]
-    assert [line.split() for line in lines] == expected
 
 
 def invoke_on(url, command):

@@ -1,10 +1,7 @@
 """Column types and SQL functions on both databases, connections, locks, and reads in autocommit mode."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import time
 import unicodedata
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -44,7 +41,7 @@ from tests.conftest import (
 )
 from tests.helpers.bots import ASYNC, Gate, start_reply
 from tests.helpers.data import add_conversations, execute
-from tests.helpers.server import ROOT, TIMEOUT, measure, run_concurrently, run_in_background, wait_until
+from tests.helpers.server import TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
 TIMESTAMPS = [
     datetime(2026, 1, 31, 12, 0, 0, 0, UTC),
@@ -58,29 +55,7 @@ UNUSUAL_TEXTS = [
     *("\x01", "\b\f\n\r\t\v", "\x7f\x80\x9f", "\u2028\u2029", "\ufeff", "\ufffe\uffff", "\U0010ffff"),
 ]
 UNASSIGNED = ("Cn", "Co", "Cs")  # categories of code points that are no characters, or none yet
-PAUSE = 0.3  # seconds that a lock is held
-WAIT_IN_A_GREENLET = """
-from gevent import monkey, sleep, spawn
-
-monkey.patch_all()
-
-import json, sqlite3, sys
-from app import create_app
-
-app = create_app()
-with sqlite3.connect(sys.argv[1], isolation_level=None) as other:
-    other.execute("BEGIN IMMEDIATE")
-    body = {"username": "ada", "password": "correct horse"}
-    writer = spawn(app.test_client().post, "/api/signup", json=body)
-    reads = []
-    for _ in range(20):
-        reads.append(app.test_client().get("/api/users/status").status_code)
-        sleep(0.02)
-    is_waiting = not writer.ready()
-    other.execute("COMMIT")
-    writer.join(60)
-print(json.dumps([reads, is_waiting, writer.value.status_code]))
-"""
+SHORT_TIMEOUT = 0.3  # seconds, and those for which a lock is held
 
 
 def evaluate(app, *expressions):
@@ -248,7 +223,7 @@ def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
 
 @on_postgresql
 def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connection_is_replaced(app, monkeypatch):
-    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", PAUSE)
+    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", SHORT_TIMEOUT)
     with app.app_context():
         with pytest.raises(OperationalError):
             db.session.execute(select(func.pg_sleep(TIMEOUT)))
@@ -292,35 +267,21 @@ def test_reads_go_on_while_another_program_writes_and_writes_wait(ada, database)
 
 @on_sqlite
 def test_write_returns_503_if_another_program_does_not_end_its_own(ada, database, monkeypatch):
-    monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", PAUSE)
+    monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", SHORT_TIMEOUT)
     with lock_sqlite(database):
         seconds, response = measure(ada.post, "/api/conversations", json={"name": "Tea"})
     assert response.status_code == 503
     assert response.json == {"error": "The database is unavailable, try again later"}
     assert int(response.headers["Retry-After"]) > 0
-    assert PAUSE <= seconds < TIMEOUT
+    assert SHORT_TIMEOUT <= seconds < TIMEOUT
     assert ada.create_conversation() == 1
-
-
-@on_sqlite
-def test_waiting_for_another_program_lets_other_greenlets_run(database):
-    result = subprocess.run(
-        [sys.executable, "-c", WAIT_IN_A_GREENLET, make_url(database).database],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": database},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == [[200] * 20, True, 201]
 
 
 def test_new_sqlite_file_is_opened_after_another_program_has_written_to_it(tmp_path):
     url = f"sqlite:///{tmp_path / 'new.db'}"
     app = create_app({"DATABASE_URL": url})
     with lock_sqlite(url) as release:
-        timer = Timer(PAUSE, release)
+        timer = Timer(SHORT_TIMEOUT, release)
         timer.start()
         assert execute(app, "PRAGMA journal_mode") == [("wal",)]
         timer.join()
@@ -348,7 +309,7 @@ def test_prune_locks_conversations_in_the_order_of_their_ids(app, ada, database)
     execute(app, f"UPDATE conversation SET updated_at = updated_at WHERE id = {first}")  # the second is read first now
     with lock_conversation(database, first) as connection, run_in_background(partial(prune, app)) as [pruning]:
         wait_until_blocked(connection)
-        connection.execute(f"SET lock_timeout TO '{1000 * PAUSE:.0f}ms'")
+        connection.execute(f"SET lock_timeout TO '{1000 * SHORT_TIMEOUT:.0f}ms'")
         connection.execute(RENAME, [second])
         connection.commit()
     assert pruning.result() == [first, second]
@@ -449,8 +410,7 @@ def test_edit_whose_conversation_is_locked_as_it_is_stopped_delays_no_other(make
 
 
 @on_postgresql
-def test_growing_reply_whose_conversation_is_locked_delays_no_other(app, make_app, bot, gate, database, monkeypatch):
-    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
+def test_growing_reply_whose_conversation_is_locked_delays_no_other(make_app, bot, gate, database):
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     first_gate = Gate()
@@ -458,13 +418,10 @@ def test_growing_reply_whose_conversation_is_locked_delays_no_other(app, make_ap
     ids = [client.create_conversation() for client in (ada, bob)]
     for client, id in zip((ada, bob), ids, strict=True):
         start_reply(client, id, "Hi")
-    heartbeat = "SELECT heartbeat_at FROM message WHERE conversation_id = :id AND sender = 'bot'"
     with lock_conversation(database, ids[0]):
         first_gate.set()
         wait_until(lambda: bob.list_messages(ids[1])[1]["text"] == "Hello ")
         assert ada.list_messages(ids[0])[1]["text"] == ""
-        before = execute(app, heartbeat, id=ids[0])
-        wait_until(lambda: execute(app, heartbeat, id=ids[0]) != before)
     wait_until(lambda: ada.list_messages(ids[0])[1]["text"] == "Hello ")
 
 
@@ -481,7 +438,7 @@ def test_heartbeat_of_a_reply_that_is_being_deleted_delays_no_other(make_app, bo
         connection.execute("DELETE FROM conversation WHERE id = %s", [id])
         for _ in range(5):  # meanwhile, a heartbeat is due
             assert bob.send_message(other_id).status_code == 201
-            time.sleep(PAUSE)
+            time.sleep(SHORT_TIMEOUT)
         connection.rollback()
 
 

@@ -5,21 +5,21 @@ from urllib.parse import urljoin
 
 import pytest
 
-PAGE = "http://localhost/apps/chat/api/docs"
+DOCS_URL = "http://localhost/apps/chat/api/docs"
 
 
 @pytest.mark.parametrize("path", ["/", "/api/docs/"])
 def test_redirect_to_docs_page_is_relative(client, path):
     response = client.get(path)
     assert response.status_code == 302
-    assert urljoin(f"http://localhost/apps/chat{path}", response.headers["Location"]) == PAGE
+    assert urljoin(f"http://localhost/apps/chat{path}", response.headers["Location"]) == DOCS_URL
 
 
 def test_docs_page_refers_to_relative_urls_that_exist(client):
     references = re.findall(r'(?:href|src|url)(?:=|: )"([^"]+)"', client.get("/api/docs").text)
     assert len(references) == 5
     for reference in references:
-        url = urljoin(PAGE, reference)
+        url = urljoin(DOCS_URL, reference)
         assert url.startswith("http://localhost/apps/chat/api/")
         assert client.get(url.removeprefix("http://localhost/apps/chat"), buffered=True).status_code == 200
 

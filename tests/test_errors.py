@@ -8,7 +8,7 @@ from sqlalchemy import event, exc
 from app import db
 from tests.conftest import on_sqlite
 from tests.helpers.server import wait_until
-from tests.helpers.statuses import STATUSES, fail_as_told, request_every_status
+from tests.helpers.statuses import STATUSES, failing_bot, request_every_status
 
 DATABASE_UNAVAILABLE = {"error": "The database is unavailable, try again later"}
 REQUESTS = [
@@ -41,7 +41,7 @@ def open_path(client, method, path, body):
 
 @pytest.fixture
 def app(make_app):
-    return make_app(fail_as_told, LOGIN_RATE_LIMIT="1 per minute")
+    return make_app(failing_bot, LOGIN_RATE_LIMIT="1 per minute")
 
 
 @pytest.fixture

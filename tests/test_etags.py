@@ -177,3 +177,24 @@ def test_etag_without_a_session_returns_401(app, ada, client):
     for path in PRIVATE_PATHS:
         for condition in (ada.get(path).headers["ETag"], "*"):
             assert get_answer(get_if_changed(client, path, condition)) == (401, {"error": "Login required"}), path
+
+
+def test_etag_changes_when_a_next_page_appears(app, ada):
+    first = ada.get("/api/users/status?limit=1")
+    assert "Link" not in first.headers
+    app.test_client().signup("bob")
+    second = ada.get("/api/users/status?limit=1", headers={"If-None-Match": first.headers["ETag"]})
+    assert (second.status_code, second.json) == (200, first.json)
+    assert "Link" in second.headers
+
+
+def test_etag_changes_when_the_next_page_disappears(ada):
+    older_id, newer_id = ada.create_conversation("Older"), ada.create_conversation("Newer")
+    for id in (older_id, newer_id):
+        ada.send_message(id, "Find me")
+    first = ada.get("/api/messages?q=find+me&limit=2")
+    assert "Link" in first.headers
+    ada.delete(f"/api/conversations/{older_id}")
+    second = ada.get("/api/messages?q=find+me&limit=2", headers={"If-None-Match": first.headers["ETag"]})
+    assert (second.status_code, second.json) == (200, first.json)
+    assert "Link" not in second.headers

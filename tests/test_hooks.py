@@ -10,7 +10,7 @@ from flask import g
 from flask.logging import default_handler
 
 from tests.conftest import create_logged_in_client, on_sqlite
-from tests.helpers.statuses import fail_as_told, request_every_status
+from tests.helpers.statuses import failing_bot, request_every_status
 
 pytestmark = on_sqlite
 LINE = re.compile(r"(?P<time>\S+) (?P<level>[A-Z]+) \[(?P<request_id>[\w.-]+)\] (?P<message>.+)")
@@ -23,7 +23,7 @@ def log_app(make_app):
     apps = []
 
     def make(**settings):
-        apps.append(make_app(fail_as_told, LOGIN_RATE_LIMIT="1 per minute", **settings))
+        apps.append(make_app(failing_bot, LOGIN_RATE_LIMIT="1 per minute", **settings))
         apps[-1].logger.addHandler(default_handler)
         return apps[-1]
 

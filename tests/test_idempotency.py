@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from app.bot import BotError, BotTimeout
-from app.models.conversation import save_replies
+from app.models.exchange import save_replies
 from tests.conftest import SHARED_SESSIONS, create_other_client, on_sqlite
 from tests.helpers.bots import ASYNC, STREAM, Gate, join_deltas, read_events
 from tests.helpers.data import count_messages
@@ -218,6 +218,39 @@ def test_repeat_that_fails_before_first_chunk_keeps_failed_reply(ada, bot, conve
     assert send(ada, conversation_id).status_code == 504
     assert ada.list_messages(conversation_id) == pair
     assert send(ada, conversation_id).json[1]["text"] == "Reply 3!"
+
+
+def test_repeat_after_an_edit_returns_the_edited_exchange(ada, bot, conversation_id):
+    question, _ = send(ada, conversation_id, "Original").json
+    edited = ada.edit_message(conversation_id, question["id"], "Edited").json
+    response = send(ada, conversation_id, "Original")
+    assert (response.status_code, response.json) == (201, edited)
+    assert response.headers["Idempotent-Replayed"] == "true"
+    assert bot.calls == 2
+
+
+def test_key_with_the_text_of_an_edit_returns_409(ada, conversation_id):
+    question, _ = send(ada, conversation_id, "Original").json
+    ada.edit_message(conversation_id, question["id"], "Edited")
+    assert send(ada, conversation_id, "Edited").status_code == 409
+
+
+def test_repeat_during_an_edit_joins_it(ada, bot, conversation_id):
+    question, _ = send(ada, conversation_id, "Original").json
+    bot.gate.clear()
+    edited = ada.edit_message(conversation_id, question["id"], "Edited", headers=ASYNC).json
+    response = send(ada, conversation_id, "Original", headers=ASYNC)
+    assert (response.status_code, response.json[1]["id"]) == (202, edited[1]["id"])
+    assert bot.calls == 2
+
+
+def test_repeat_after_an_edit_whose_reply_failed_returns_that(ada, bot, conversation_id):
+    question, _ = send(ada, conversation_id, "Original").json
+    bot.cuts = [BotError("cut")]
+    edited = ada.edit_message(conversation_id, question["id"], "Edited").json
+    assert edited[1]["status"] == "failed"
+    assert send(ada, conversation_id, "Original").json == edited
+    assert bot.calls == 2
 
 
 def test_repeat_after_stop_returns_stopped_reply(ada, bot, conversation_id):

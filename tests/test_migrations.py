@@ -39,7 +39,9 @@ SCHEMA = {
         "status": "VARCHAR(11) NOT NULL",
         "heartbeat_at": TIMESTAMP,
         "stop_requested": "BOOLEAN NOT NULL",
+        "attempt": "BIGINT NOT NULL",
         "idempotency_key": "VARCHAR(255)",
+        "sent_text_hash": "VARCHAR(64)",
         "replaces_id": "BIGINT",
     },
 }

@@ -4,8 +4,6 @@ import email.utils
 import json
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -15,11 +13,23 @@ import pytest
 
 from app import create_app
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated, create_bot
-from app.openai_bot import Exchange
+from app.openai_bot import ModelConnection
 from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
 from config import ConfigError
-from tests.helpers.model_server import DONE, ModelServer, chunk, cut, cut_in_event, drip, end, event, running, stall
-from tests.helpers.server import ROOT, TIMEOUT, find_free_port, measure, run_all, wait_until
+from tests.helpers.model_server import (
+    DONE,
+    SILENCES,
+    ModelServer,
+    chunk,
+    cut,
+    cut_in_event,
+    drip,
+    end,
+    event,
+    running,
+    stall,
+)
+from tests.helpers.server import TIMEOUT, find_free_port, measure, run_all, wait_until
 from tests.helpers.tls import create_certificate
 
 HISTORY = [("user", "Hello"), ("bot", "Hello!"), ("user", "How are you?")]
@@ -242,11 +252,11 @@ def test_response_without_streaming_is_read(model, body, error):
     assert (text, type(raised)) == ("Hello", error)
 
 
-TRUNCATED = [
+TRUNCATED_REASONS = [
     *("length", "model_length", "model_context_window_exceeded", "sensitive", "PROHIBITED_CONTENT", "blocklist"),
     *("SPII", "content_filter: RECITATION"),
 ]
-BROKEN_OFF = ["error", "error_finish", "abort", "network_error"]
+ERROR_REASONS = ["error", "error_finish", "abort", "network_error"]
 BUSY = [
     *({"code": 429}, {"code": "429"}, {"status_code": 503}, {"type": "overloaded_error"}),
     *({"code": "rate_limit_exceeded"}, {"status": "RESOURCE_EXHAUSTED"}),
@@ -280,8 +290,8 @@ BUSY = [
         (["Hello"], [cut], "Hello", BotError),
         (["Hello"], [cut_in_event], "Hello", BotError),
         ([chunk({"content": "Hello"}, "")], [end], "Hello", BotError),
-        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotTruncated) for reason in TRUNCATED),
-        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotError) for reason in BROKEN_OFF),
+        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotTruncated) for reason in TRUNCATED_REASONS),
+        *((["Hello"], [chunk({}, reason), DONE], "Hello", BotError) for reason in ERROR_REASONS),
         (["Hello"], [event({"error": {"message": SECRET, "code": 500}}), DONE], "Hello", BotError),
         (
             ["Hello"],
@@ -460,12 +470,12 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "error", "summary"), ERRORS, ids=lambda value: ascii(value)[:40])
-def test_error_response_raises_without_its_words(model, status, body, error, summary):
+@pytest.mark.parametrize(("status", "body", "error", "message"), ERRORS, ids=lambda value: ascii(value)[:40])
+def test_error_response_raises_without_its_words(model, status, body, error, message):
     model.refuse = lambda request: (status, body, {"X-Request-Id": SECRET})
     text, raised = ask(model, [("user", SECRET)])
     assert (text, type(raised)) == ("", error)
-    assert summary in str(raised)
+    assert message in str(raised)
     assert len(str(raised)) < 120
     assert SECRET not in get_exception_texts(raised)
     assert "sk-secret" not in get_exception_texts(raised)
@@ -593,20 +603,6 @@ def unresponsive_address(scheme):
         yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/v1"
 
 
-EMPTY_CHUNK = chunk({"content": ""})
-SILENCES = {
-    "before the head": [stall],
-    "dripping head": [drip(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 10_000)],
-    "after the head": [b": comment\n\n", stall],
-    "after text": ["Hello", stall],
-    "after thinking": ["<think>Hm", stall],
-    "comments": ["Hello", drip(b"3\r\n:\n\n\r\n")],
-    "empty chunks": ["Hello", drip(b"%x\r\n%b\r\n" % (len(EMPTY_CHUNK), EMPTY_CHUNK), 0.001)],
-    "dripping line": ["Hello", drip(b"1\r\nx\r\n")],
-    "dripping chunk size": ["Hello", drip(b"0")],
-}
-
-
 def wait_for_timeout(model):
     """Return the text of a reply that a time-out ends, once the connection is closed."""
     text, error = ask(model, BOT_TIMEOUT=1.5)
@@ -682,12 +678,12 @@ def test_reply_cancelled_before_reading_is_empty(model):
     assert list(reply) == []
 
 
-def test_aborted_exchange_sends_no_request(model):
-    exchange = Exchange(create_model_bot(model).server)
-    exchange.abort()
+def test_aborted_connection_sends_no_request(model):
+    connection = ModelConnection(create_model_bot(model).server)
+    connection.abort()
     with pytest.raises(ConnectionAbortedError):
-        exchange.send(b"{}")
-    exchange.release()
+        connection.send(b"{}")
+    connection.release()
     assert model.requests == []
 
 
@@ -709,65 +705,6 @@ def test_ended_replies_leave_no_thread(model):
         assert next(reply) == "Hello"
         reply.cancel()
     wait_until(lambda: set(threading.enumerate()) <= threads)
-
-
-GEVENT_PROGRAM = """
-import gevent.monkey; gevent.monkey.patch_all()
-import json, sys
-import gevent
-from app.bot import BotError, create_bot
-
-def collect(reply):
-    text = ""
-    try:
-        for chunk in reply:
-            text += chunk
-    except BotError as error:
-        return text, type(error).__name__
-    return text, None
-
-def ask(config):
-    reply = create_bot(config)([("user", "Hello")])
-    reader = gevent.spawn(collect, reply)
-    if config["CANCEL"]:
-        gevent.sleep(0.3)
-        reply.cancel()
-    return reader.get(timeout=60)
-
-replies = [gevent.spawn(ask, config) for config in json.loads(sys.argv[1])]
-print(json.dumps([reply.get() for reply in replies]))
-"""
-GEVENT_CASES = {  # script, settings, error
-    "complete": (["word "] * 1000, {}, None),
-    "cancelled before the head": (SILENCES["before the head"], {"CANCEL": True}, None),
-    "cancelled after text": (SILENCES["after text"], {"CANCEL": True}, None),
-    "dripping head": (SILENCES["dripping head"], {"BOT_TIMEOUT": 1}, "BotTimeout"),
-    "empty chunks": (SILENCES["empty chunks"], {"BOT_TIMEOUT": 1}, "BotTimeout"),
-}
-
-
-def ask_with_gevent(configs):
-    """Return the text of each reply and the name of its error, read in a process with gevent's monkey patches."""
-    command = [sys.executable, "-c", GEVENT_PROGRAM, json.dumps(configs)]
-    program = subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT * 2, capture_output=True, text=True)
-    return json.loads(program.stdout)
-
-
-def test_replies_with_gevent_end_as_with_threads():
-    scripts, settings, errors = zip(*GEVENT_CASES.values(), strict=True)
-    defaults = {"BOT_MODEL": "tiny", "OPENAI_API_KEY": "", "BOT_OPTIONS": {}, "BOT_SYSTEM_PROMPT": ""}
-    defaults |= {"BOT_HISTORY_CHARS": 1000, "BOT_TIMEOUT": TIMEOUT, "CANCEL": False}
-    with ExitStack() as stack:
-        models = [stack.enter_context(running(ModelServer())) for _ in GEVENT_CASES]
-        for model, script in zip(models, scripts, strict=True):
-            model.script = script
-        urls = [{"OPENAI_BASE_URL": model.url} for model in models]
-        results = ask_with_gevent([{**defaults, **url, **own} for url, own in zip(urls, settings, strict=True)])
-        assert dict(zip(GEVENT_CASES, (error for _, error in results), strict=True)) == dict(
-            zip(GEVENT_CASES, errors, strict=True)
-        )
-        assert results[0][0] == "word " * 1000
-        assert all(model.wait_for_hang_up() for model in models[1:])
 
 
 def test_text_is_yielded_as_it_arrives(model):

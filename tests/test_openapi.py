@@ -175,26 +175,39 @@ def create_client(make_app):
     return create_client
 
 
+@pytest.fixture(scope="module")
+def responses():
+    """What provoke_responses() has returned on each database: it takes too long to run it for each test."""
+    return {}
+
+
 @pytest.fixture
-def exercise_api(create_client):
-    """A function that provokes every described response; returns the label, status and text of each."""
+def exercise_api(create_client, database, responses):
+    """A function that returns what provoke_responses() returns on the database."""
 
     def exercise_api():
-        client = create_client(username="ada")
-        other_client = create_client(client.application, "bob")
-        anonymous_client = create_client(client.application)
-        exercise_success(client)
-        exercise_streams(client)
-        exercise_edits(client)
-        exercise_bot_errors(create_client)
-        exercise_refusals(client, other_client, anonymous_client)
-        exercise_invalid_requests(client, anonymous_client)
-        exercise_limits(create_client)
-        exercise_end(client, other_client)
-        exercise_missing_database(create_client)
-        return ValidatingClient.seen
+        if database not in responses:
+            responses[database] = provoke_responses(create_client)
+        return responses[database]
 
     return exercise_api
+
+
+def provoke_responses(create_client):
+    """Provoke every described response; return the label, status and text of each."""
+    client = create_client(username="ada")
+    other_client = create_client(client.application, "bob")
+    anonymous_client = create_client(client.application)
+    exercise_success(client)
+    exercise_streams(client)
+    exercise_edits(client)
+    exercise_bot_errors(create_client)
+    exercise_refusals(client, other_client, anonymous_client)
+    exercise_invalid_requests(client, anonymous_client)
+    exercise_limits(create_client)
+    exercise_end(client, other_client)
+    exercise_missing_database(create_client)
+    return ValidatingClient.seen
 
 
 def exercise_success(client):
@@ -328,6 +341,9 @@ def exercise_limits(create_client):
     _, reply = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.send_message(conversation_id, "Hello")
     client.put(f"/api/conversations/{conversation_id}/messages/{message['id']}", json={"text": "Hello"})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("app.replies.MAX_FOLLOWERS", 0)
+        client.get(f"/api/conversations/{conversation_id}/messages/{reply['id']}/events")
     client.post(f"/api/conversations/{conversation_id}/messages/{reply['id']}/stop")
 
 

@@ -4,11 +4,11 @@ import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
 from tests.conftest import PASSWORD, on_sqlite
-from tests.helpers.statuses import STATUSES, fail_as_told, request_every_status
+from tests.helpers.statuses import STATUSES, failing_bot, request_every_status
 
 pytestmark = on_sqlite
 ALLOWED = "http://localhost:3000"
-OWN = "http://localhost"
+OWN_ORIGIN = "http://localhost"
 FOREIGN = "https://evil.example"
 OTHER_ORIGINS = [
     *("", "null", "file://", "*", "https://localhost", "https://localhost:3000", "http://localhost:3002"),
@@ -36,7 +36,7 @@ LOGIN = WRITES[1][2]
 
 @pytest.fixture
 def failing_app(make_app):
-    return make_app(fail_as_told, LOGIN_RATE_LIMIT="1 per minute")
+    return make_app(failing_bot, LOGIN_RATE_LIMIT="1 per minute")
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_write_of_an_origin_that_is_not_allowed_returns_403_that_names_it_and_th
     "headers",
     [
         {},
-        {"Origin": OWN},
+        {"Origin": OWN_ORIGIN},
         {"Origin": ALLOWED},
-        {"Origin": OWN, "Sec-Fetch-Site": "same-origin"},
+        {"Origin": OWN_ORIGIN, "Sec-Fetch-Site": "same-origin"},
         {"Origin": ALLOWED, "Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "same-site"},
@@ -128,7 +128,7 @@ def test_write_by_a_page_of_the_own_host_is_accepted_whatever_the_host_is(app, h
         ("GET", "/", {}),
         ("GET", "/api/docs/", {"Origin": "http://xn--a"}),
         ("GET", "/api/users/status?limit=1", {}),
-        ("GET", "/api/users/status?limit=1", {"Origin": OWN}),
+        ("GET", "/api/users/status?limit=1", {"Origin": OWN_ORIGIN}),
         ("GET", "/unknown", {"Origin": FOREIGN}),
         ("POST", "/api/login", {"Origin": "http://xn--a"}),
     ],

@@ -1,26 +1,30 @@
 """Replies: generated in the background, followed by any request of any process, and stored however they end."""
 
+import gc
 import re
 import sqlite3
 import threading
 import time
+import weakref
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import psycopg
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
+from werkzeug.exceptions import ServiceUnavailable
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
 from app.models import Message
-from app.models.conversation import Exchange
+from app.models.exchange import Exchange
 from app.replies import MAX_ERRORS
 from tests.conftest import (
     PASSWORD,
+    REPLY_INTERVALS,
     SERVER_URL,
     SHARED_SESSIONS,
     create_logged_in_client,
@@ -28,8 +32,8 @@ from tests.conftest import (
     on_postgresql,
     on_sqlite,
 )
-from tests.helpers.bots import ASYNC, STREAM, Gate, ScriptedBot, read_events, start_reply
-from tests.helpers.data import add_conversations, count_messages, get_texts
+from tests.helpers.bots import ASYNC, STREAM, Gate, read_events, start_reply
+from tests.helpers.data import add_conversations, age_heartbeats, count_messages, get_texts
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 WAYS_TO_SEND = {"waiting": ({}, 201), "stream": (STREAM, 200), "async": (ASYNC, 202)}
@@ -40,18 +44,6 @@ waiting_or_streaming = pytest.mark.parametrize("headers", [{}, STREAM], ids=["wa
 @pytest.fixture
 def app(make_app, bot):
     return make_app(bot, **SHARED_SESSIONS)
-
-
-@pytest.fixture
-def other_bot():
-    """The bot of the other process."""
-    return ScriptedBot("Hello from the other process.")
-
-
-@pytest.fixture
-def other_process(make_app, other_bot, ada):
-    """A client with the session of ada at an application that generates its replies by itself."""
-    return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
 
 
 def wait_for_end(client, conversation_id, message_id):
@@ -301,7 +293,7 @@ def test_follower_that_read_a_reply_before_it_failed_gets_its_error(app, ada, bo
         db.session.close()
         gate.set()
         wait_until(lambda: not replies.replies)
-        with pytest.raises(BotBusy):
+        with pytest.raises(ServiceUnavailable):
             list(replies.get(exchange).follow())
 
 
@@ -310,6 +302,20 @@ def test_errors_of_deleted_replies_are_kept_for_the_last_ones_only(app, ada, bot
     for _ in range(MAX_ERRORS + 1):
         ada.send_message(conversation_id)
     assert len(app.extensions["replies"].errors) == MAX_ERRORS
+
+
+def is_collected(reference):
+    gc.collect()
+    return reference() is None
+
+
+def test_errors_of_deleted_replies_keep_no_history(app, ada, bot, gate, conversation_id):
+    bot.steps = [gate.wait, partial(raise_when_called, None)]
+    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id)) as [sending]:
+        [reply] = wait_until(lambda: [weakref.ref(reply) for reply in app.extensions["replies"].replies.values()])
+        gate.set()
+        assert sending.result(TIMEOUT).status_code == 504
+    wait_until(lambda: is_collected(reply))
 
 
 def raise_when_called(history, **kwargs):
@@ -699,6 +705,12 @@ def test_other_process_sees_reply_grow_and_end(ada, bot, gate, conversation_id, 
     assert wait_for_end(other_process, conversation_id, reply["id"])["text"] == "One two"
 
 
+def test_other_processes_see_a_reply_grow_and_stop_it_within_a_second():
+    save_interval, poll_interval = REPLY_INTERVALS
+    assert save_interval <= 1
+    assert 2 * poll_interval <= 1  # to notice the request, and to read how the reply ended
+
+
 @pytest.mark.parametrize("text", ["", "One "], ids=["before the first chunk", "after the first chunk"])
 def test_stop_in_other_process_stops_reply(ada, bot, gate, conversation_id, other_process, text):
     bot.steps = [text, gate.wait, "two"]
@@ -719,16 +731,6 @@ def test_deletion_in_other_process_ends_reply(app, ada, bot, gate, conversation_
     assert sending.result().status_code == 404
     wait_until(lambda: bot.closed)
     assert count_messages(app) == 0
-
-
-def age_heartbeats(app, seconds):
-    """Let the replies in progress look as if their process had been killed some seconds ago."""
-    with app.app_context():
-        for id, heartbeat_at in db.session.execute(select(Message.id, Message.heartbeat_at)).all():
-            if heartbeat_at:
-                aged = heartbeat_at - timedelta(seconds=seconds)
-                db.session.execute(update(Message).where(Message.id == id).values(heartbeat_at=aged))
-        db.session.commit()
 
 
 @pytest.fixture
@@ -861,6 +863,49 @@ def test_reply_that_is_over_does_not_count_for_max_concurrent_replies(make_app, 
     bot.steps = steps
     for _ in range(3):
         assert client.send_message(conversation_id).status_code != 429
+
+
+@pytest.mark.parametrize(("length", "status"), [(100_000, None), (100_001, "truncated")])
+def test_reply_beyond_100000_characters_is_truncated(ada, bot, conversation_id, length, status):
+    bot.steps = ["x" * 60_000, "y" * (length - 60_000)]
+    _, reply = ada.send_message(conversation_id).json
+    assert (len(reply["text"]), reply.get("status")) == (100_000, status)
+
+
+def test_follower_beyond_max_followers_returns_429(app, ada, bot, gate, conversation_id, monkeypatch):
+    monkeypatch.setattr("app.replies.MAX_FOLLOWERS", 2)
+    bot.steps = ["One ", gate.wait]
+    _, reply = start_reply(ada, conversation_id)
+    followers = [partial(create_other_client(ada).follow_reply, conversation_id, reply["id"]) for _ in range(2)]
+    with run_in_background(*followers) as followings:
+        wait_until(lambda: app.extensions["replies"].followers[ada.user_id] == 2)
+        refused = ada.follow_reply(conversation_id, reply["id"])
+        assert refused.json == {"error": "Too many requests follow replies, try again later"}
+        assert int(refused.headers["Retry-After"]) > 0
+        gate.set()
+        assert [following.result(TIMEOUT).status_code for following in followings] == [200, 200]
+    assert ada.follow_reply(conversation_id, reply["id"]).status_code == 200
+
+
+@waiting_or_streaming
+def test_send_and_stop_are_not_refused_for_too_many_followers(ada, bot, conversation_id, monkeypatch, headers):
+    monkeypatch.setattr("app.replies.MAX_FOLLOWERS", 0)
+    assert ada.send_message(conversation_id, headers=headers).status_code < 300
+    _, reply = ada.list_messages(conversation_id)
+    assert ada.stop_reply(conversation_id, reply["id"]).status_code == 200
+
+
+def test_repeats_beyond_max_followers_return_429(ada, bot, gate, conversation_id, monkeypatch):
+    monkeypatch.setattr("app.replies.MAX_FOLLOWERS", 0)
+    bot.steps = [gate.wait, "One"]
+    headers = {"Idempotency-Key": "key"}
+    ada.send_message(conversation_id, headers={**headers, **ASYNC})
+    assert ada.send_message(conversation_id, headers=headers).status_code == 429
+    assert ada.send_message(conversation_id, headers={**headers, **ASYNC}).status_code == 202
+    gate.set()
+    wait_until(lambda: ada.list_messages(conversation_id)[1]["text"] == "One")
+    wait_until(lambda: "status" not in ada.list_messages(conversation_id)[1])
+    assert ada.send_message(conversation_id, headers=headers).status_code == 201
 
 
 def test_reply_ends_as_truncated_after_bot_max_seconds(make_app, bot, gate):

@@ -1,9 +1,6 @@
 """Password hashing and rate limits."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -24,7 +21,7 @@ from app.security import (
     verify_password,
 )
 from app.threads import MAX_LONG_QUERIES, run_long_query
-from tests.helpers.server import ROOT, TIMEOUT, run_all, run_concurrently
+from tests.helpers.server import run_all, run_concurrently
 
 ADDRESS = "192.0.2.1"
 METHOD = "pbkdf2:sha256:1"
@@ -65,41 +62,6 @@ def log_in(app, username="ada", user=None, password="wrong", address=ADDRESS):
             return verify_login(username, user, password)
         except TooManyRequests as error:
             return error.code
-
-
-GEVENT_SETUP = f"""
-from gevent import monkey
-monkey.patch_all()
-import os
-import threading
-import gevent
-from flask import Flask
-from werkzeug.exceptions import ServiceUnavailable
-from werkzeug.security import generate_password_hash
-from app import threads
-from app.security import hash_password, verify_password
-from app.threads import run_in_threadpool, run_long_query
-
-app = Flask("security")
-app.config["PASSWORD_HASH_METHOD"] = {METHOD!r}
-app.app_context().push()
-lock = monkey.get_original("_thread", "allocate_lock")()
-lock.acquire()
-started = []
-
-def block():
-    started.append(True)
-    with lock:
-        pass
-"""
-
-
-def run_gevent(script):
-    """Run a script after GEVENT_SETUP in a process of its own and return the lines that it prints."""
-    command = [sys.executable, "-c", GEVENT_SETUP + script]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert (process.returncode, process.stderr) == (0, "")
-    return process.stdout.splitlines()
 
 
 @pytest.fixture
@@ -176,100 +138,6 @@ def test_is_common_password_accepts_other_passwords(password):
     assert not is_common_password(password)
 
 
-# Hashing under gevent
-
-
-def test_hashing_does_not_stop_the_event_loop():
-    lines = run_gevent("""
-switches = []
-
-def count():
-    while True:
-        switches.append(True)
-        gevent.sleep(0.001)
-
-app.config["PASSWORD_HASH_METHOD"] = "pbkdf2:sha256:300000"
-password_hash = generate_password_hash("word", "pbkdf2:sha256:300000")
-gevent.spawn(count)
-for call, *arguments in ((hash_password,), (verify_password, password_hash), (verify_password, None)):
-    switches.clear()
-    print(bool(call(*arguments, "word")), len(switches) > 10)
-""")
-    assert lines == ["True True", "True True", "False True"]
-
-
-def test_verify_password_with_unreadable_hash_prints_no_traceback():
-    assert run_gevent("print(verify_password('pbkdf2:sha256:x$salt$00', 'word'))") == ["False"]
-
-
-def test_run_in_threadpool_raises_the_error_of_the_function():
-    assert run_gevent("""
-gevent.get_hub().exception_stream = None
-errors = []
-for _ in range(1000):
-    try:
-        run_in_threadpool(int, "x")
-    except ValueError as error:
-        errors.append(error)
-print(len(errors))
-""") == ["1000"]
-
-
-def test_run_in_threadpool_leaves_the_threads_of_name_lookups_alone():
-    assert run_gevent("""
-for _ in range(20):
-    gevent.spawn(run_in_threadpool, block)
-gevent.sleep(0.1)
-print(gevent.get_hub().threadpool.apply(str, ("found",)))
-lock.release()
-""") == ["found"]
-
-
-def test_run_in_threadpool_uses_one_thread_per_core_and_refuses_a_long_queue():
-    started, refused, error, after = run_gevent("""
-gevent.get_hub().exception_stream = None
-calls = [gevent.spawn(run_in_threadpool, block) for _ in range(threads.THREADS * 100)]
-while len(started) < threads.THREADS:
-    gevent.sleep(0.01)
-gevent.sleep(0.1)
-print(len(started))
-print(sum(call.ready() for call in calls))
-try:
-    run_in_threadpool(str)
-except ServiceUnavailable as error:
-    print(error.code, error.description, error.retry_after)
-lock.release()
-gevent.joinall(calls)
-print(run_in_threadpool(str, "finished"))
-""")
-    assert int(started) == os.cpu_count()
-    assert 0 < int(refused) < os.cpu_count() * 100
-    assert error == "503 The server is busy, try again later 5"
-    assert after == "finished"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own only on Linux")
-def test_run_in_threadpool_leaves_the_processor_to_the_event_loop():
-    before, in_thread, after = run_gevent("""
-def get_niceness():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-print(get_niceness(), run_in_threadpool(get_niceness), get_niceness(), sep="\\n")
-""")
-    assert int(in_thread) == min(int(before) + 10, 19)
-    assert after == before
-
-
-def test_run_in_threadpool_works_in_a_forked_process():
-    assert run_gevent("""
-print(run_in_threadpool(str, "parent"), flush=True)
-if os.fork() == 0:
-    print(run_in_threadpool(str, "child"), flush=True)
-    os._exit(0)
-print(os.wait()[1])
-""") == ["parent", "child", "0"]
-
-
 # Searches
 
 
@@ -302,26 +170,6 @@ def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locke
 
     assert run_long_query(lambda: run_all(search_again), 1, "search", in_thread=False) == [5]
     assert run_long_query(lambda: run_long_query(str, 2, "search", in_thread=False), 1, "search", in_thread=False) == ""
-
-
-def test_run_long_query_in_thread_does_not_stop_the_event_loop():
-    assert run_gevent("""
-search = gevent.spawn(run_long_query, block, 1, "search", True)
-while not started:
-    gevent.sleep(0.01)
-lock.release()
-search.join()
-print(search.successful())
-""") == ["True"]
-
-
-def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
-    assert run_gevent("""
-try:
-    run_long_query(lambda: 1 / 0, 1, "search", True)
-except ZeroDivisionError:
-    print("raised")
-""") == ["raised"]
 
 
 # Client addresses

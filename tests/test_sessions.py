@@ -361,3 +361,11 @@ def test_concurrent_logins_and_logouts_end_every_session_opened_before_a_logout_
     assert ended
     assert not any(create_client_with_cookie(app, cookie).is_logged_in() for cookie in ended)
     assert all(create_client_with_cookie(app, cookie).is_logged_in() for cookie in current)
+
+
+def test_session_continues_after_rotation_of_the_secret_key(make_app):
+    """Flask's own setting, see https://flask.palletsprojects.com/en/stable/config/#SECRET_KEY_FALLBACKS."""
+    client = create_logged_in_client(make_app(SECRET_KEY=KEY, SESSIONS_VALID_FROM="2026-01-01T00:00:00Z"), "ada")
+    rotated = {"SECRET_KEY": OTHER_KEY, "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z"}
+    assert create_other_client(client, make_app(**rotated, SECRET_KEY_FALLBACKS=[KEY])).is_logged_in()
+    assert not create_other_client(client, make_app(**rotated)).is_logged_in()

@@ -38,9 +38,12 @@ HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in 
 #   in_progress   truncated     the same process: the reply was cut at a limit
 #   in_progress   stopped       the same process: a user asked for it, see stop_requested
 #   in_progress   failed        the same process: the bot failed after its first chunk, or the server ends
-#   in_progress   (deleted)     the same process: the bot failed before its first chunk
+#   in_progress   (deleted)     the same process: the bot failed before its first chunk, unless this was a retry
 #   in_progress   failed        any process: there was no heartbeat for HEARTBEAT_TIMEOUT
+#   in_progress   (deleted)     any process: likewise, of an edit that has not been applied
+#   failed        any status    the same process, which was not killed: it had lost the database, or was paused
 #   failed        in_progress   Exchange.retry(): the request was repeated with its Idempotency-Key
+#   any           (deleted)     any process: the conversation was deleted, or an edit dropped the message
 STATUSES = ("complete", "in_progress", "stopped", "failed", "truncated")
 
 
@@ -55,7 +58,10 @@ class Message(db.Model):
     status: Mapped[str] = mapped_column(String(11), default="complete", server_default="complete")
     heartbeat_at: Mapped[datetime | None]  # by the database's clock
     stop_requested: Mapped[bool] = mapped_column(default=False, server_default=false())
+    # Of a reply: the number of the attempt at answering the user's message. Only the process that began it stores it.
+    attempt: Mapped[int] = mapped_column(default=1, server_default="1")
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    sent_text_hash: Mapped[str | None] = mapped_column(String(64))  # of what came with that key; an edit keeps it
     # An edit adds a new exchange. It replaces this message, and all between the two, when the reply gets its first
     # chunk; until then, lists and histories leave the new exchange out.
     replaces_id: Mapped[int | None] = mapped_column(ForeignKey("message.id", ondelete="CASCADE"))
@@ -76,6 +82,11 @@ class Message(db.Model):
     )
 
     @classmethod
+    def is_visible(cls):
+        """Return the SQL condition that lists and histories contain a message: it is not part of a pending edit."""
+        return cls.replaces_id.is_(None)
+
+    @classmethod
     def json(cls):
         """Return the SQL expression of a message as the API shows it: with its status unless that is complete."""
         items = {"id": cls.id, "sender": cls.sender, "text": cls.text, "created_at": iso8601(cls.created_at)}
@@ -85,8 +96,8 @@ class Message(db.Model):
     def select_page(cls, conversation_id, limit=None, before=None, fits=False):
         """Select the id and the `json` of a conversation's messages, oldest first.
 
-        With a limit these are the newest messages, of ids below `before`, as far as one page may have them; `fits`
-        says that it may have all of them.
+        With a limit, these are the newest messages with ids below `before`, and no more than MAX_PAGE_BYTES allows;
+        `fits` says that they are known to fit.
         """
         query = cls.select_ids(conversation_id, before).add_columns(cls.json().label("json")).order_by(cls.id)
         if limit is None:
@@ -97,15 +108,15 @@ class Message(db.Model):
 
     @classmethod
     def select_newest(cls, conversation_id, limit, before=None):
-        """Select the ids of a conversation's newest messages, and their sizes, which MAX_PAGE_BYTES limits."""
+        """Select the id and the `size`, which counts towards MAX_PAGE_BYTES, of a conversation's newest messages."""
         size = octet_length(cls.text) + ITEM_BYTES
         query = cls.select_ids(conversation_id, before).add_columns(size.label("size"))
         return query.order_by(cls.id.desc()).limit(limit)
 
     @classmethod
     def select_ids(cls, conversation_id, before=None):
-        """Select the ids below `before` of a conversation's messages."""
-        query = select(cls.id).where(cls.conversation_id == conversation_id, cls.replaces_id.is_(None))
+        """Select the ids of a conversation's messages: all of them, or those below `before`."""
+        query = select(cls.id).where(cls.conversation_id == conversation_id, cls.is_visible())
         if before is not None:
             query = query.where(cls.id < before)
         return query.correlate_except(cls)  # conversation_id may be a column of an outer query
@@ -114,10 +125,10 @@ class Message(db.Model):
     def get(cls, conversation_id, id):
         """Return a message of a conversation as it is now, or None.
 
-        The user's message of a pending edit has no id of its own.
+        The user's message of a pending edit is not returned: clients know the id of the message that it replaces.
         """
         query = select(cls).where(
-            cls.id == id, cls.conversation_id == conversation_id, cls.replaces_id.is_(None) | (cls.sender == "bot")
+            cls.id == id, cls.conversation_id == conversation_id, cls.is_visible() | (cls.sender == "bot")
         )
         return db.session.scalar(query, execution_options={"populate_existing": True})
 
@@ -148,7 +159,7 @@ class Message(db.Model):
     def select_visible(self, sender):
         """Select the messages of a sender in the same conversation, without those of a pending edit."""
         return select(Message).where(
-            Message.conversation_id == self.conversation_id, Message.sender == sender, Message.replaces_id.is_(None)
+            Message.conversation_id == self.conversation_id, Message.sender == sender, Message.is_visible()
         )
 
     def get_match(self, q):
@@ -177,15 +188,18 @@ def find_text(text, folded):
     end = start + len(folded)
     if len(folded_text) == len(text):
         return start, end
-    # Folding lengthens some letters: find the block, and in it the prefix, that are long enough once they are folded.
+    # fold_case() lengthens some letters: find the block of the start and that of the end, then the positions in these.
     blocks = [text[first : first + FOLDED_BLOCK] for first in range(0, len(text), FOLDED_BLOCK)]
     ends = list(accumulate((len(fold_case(block)) for block in blocks), initial=0))
     start_block, end_block = bisect_right(ends, start) - 1, bisect_left(ends, end) - 1
-    start_length = find_prefix(blocks[start_block], start - ends[start_block], bisect_right) - 1
-    end_length = find_prefix(blocks[end_block], end - ends[end_block], bisect_left)
+    start_length = bisect_prefixes(blocks[start_block], start - ends[start_block], bisect_right) - 1
+    end_length = bisect_prefixes(blocks[end_block], end - ends[end_block], bisect_left)
     return start_block * FOLDED_BLOCK + start_length, end_block * FOLDED_BLOCK + end_length
 
 
-def find_prefix(text, folded_length, bisect):
-    """Return the length of the prefix of a text that bisect_left() or bisect_right() finds by its folded length."""
+def bisect_prefixes(text, folded_length, bisect):
+    """Return the length of a prefix of a text, which is found by its length after fold_case().
+
+    bisect_left() finds the first prefix that is at least `folded_length` long, bisect_right() the first longer one.
+    """
     return bisect(range(len(text) + 1), folded_length, key=lambda length: len(fold_case(text[:length])))

@@ -60,9 +60,9 @@ class User(UserMixin, db.Model):
 
     @classmethod
     def list_status(cls, valid_from, after=0, limit=MAX_ID):
-        """Return the status of at most `limit` users above the id `after`, as the text of a JSON array.
+        """Return (JSON array, id of the last user, or None on the last page).
 
-        And the id of the last of them, or None if there are no more users.
+        The array has the status of at most `limit` users whose id is above `after`.
         """
         parameters = {"valid_from": valid_from, "after": after, "limit": limit}
         users, last_id, newest_id = db.session.execute(cls.select_status(), parameters).one()

@@ -28,7 +28,7 @@ MAX_USERNAME_LENGTH = 80
 MAX_PASSWORD_LENGTH = 1024
 MAX_PAGE_SIZE = 100
 HEALTH_TIMEOUT = 1  # seconds
-COMMON_PASSWORDS_REFUSED_FROM = 8  # a PASSWORD_MIN_LENGTH of as many characters asks for good passwords
+COMMON_PASSWORDS_REFUSED_FROM = 8  # the lowest PASSWORD_MIN_LENGTH with which new passwords must not be common
 
 bp = Blueprint("auth", __name__)
 
@@ -37,7 +37,7 @@ bp = Blueprint("auth", __name__)
 def load_user(session_token):
     """Return the logged-in user of a session token, or None.
 
-    A write reads it outside of its own transaction, and holds no connection afterwards.
+    For a write, read the user in a database session of its own, so that no connection is held.
     """
     if not isinstance(session_token, str) or "\0" in session_token:  # another app with this SECRET_KEY signed it
         return None
@@ -97,7 +97,8 @@ def signup():
 def login():
     """Open a session."""
     user = log_in(get_username(), get_password("password"))
-    open_session(user)
+    db.session.commit()
+    set_session_cookie(user)
     return {"message": "Login successful", "user": user.to_dict()}
 
 
@@ -108,7 +109,8 @@ def logout(user_id):
     if user_id != current_user.user_id:
         abort(403, "Cannot logout different user")
     current_user.log_out() or abort(401)
-    close_session()
+    db.session.commit()
+    clear_session_cookie()
     return {"message": f"User {user_id} logged out successfully"}
 
 
@@ -127,7 +129,8 @@ def list_users_status():
         abort(400, "after requires limit")
     page = {"limit": limit, "after": after or 0} if limit else {}
     users, last_id = User.list_status(current_app.config["SESSIONS_VALID_FROM"], **page)
-    return conditional_response({"users": Fragment(users)}, hash_version(users), last_id and {"after": last_id})
+    next_page = last_id and {"after": last_id}
+    return conditional_response({"users": Fragment(users)}, hash_version([users, next_page]), next_page)
 
 
 @bp.put("/api/password")
@@ -135,9 +138,10 @@ def list_users_status():
 def change_password():
     """Change the password of the current user, and end the session on all other devices."""
     current_password, new_password = get_password("current_password"), get_new_password("new_password")
-    user = reauthenticate(current_password)
-    user = user.change_password(hash_password(new_password)) or abort(401)
-    open_session(user)
+    reauthenticate(current_password)
+    user = current_user.change_password(hash_password(new_password)) or abort(401)
+    db.session.commit()
+    set_session_cookie(user)
     return {"message": "Password changed successfully"}
 
 
@@ -145,9 +149,10 @@ def change_password():
 @login_required
 def delete_account():
     """Delete the current user with all conversations."""
-    user = reauthenticate(get_password("password"))
-    user.delete() or abort(401)
-    close_session()
+    reauthenticate(get_password("password"))
+    current_user.delete() or abort(401)
+    db.session.commit()
+    clear_session_cookie()
     return "", 204
 
 
@@ -162,7 +167,7 @@ def get_username():
 
 
 def get_password(name):
-    """Return a password of the body; abort with 400 if it is none."""
+    """Return a password of the body; abort with 400 if it is missing or invalid."""
     return get_string(name, MAX_PASSWORD_LENGTH)
 
 
@@ -192,23 +197,19 @@ def authenticate(username, user, password):
 
 
 def reauthenticate(password):
-    """Return the current user if the password is right, else abort with 403."""
-    user = current_user._get_current_object()
-    if not authenticate(user.username, user, password):
+    """Abort with 403 if the password is not that of the current user."""
+    if not authenticate(current_user.username, current_user, password):
         abort(403, "Wrong password")
-    return user
 
 
-def open_session(user):
-    """Commit, and give the session of a user to the client."""
-    db.session.commit()
+def set_session_cookie(user):
+    """Let the response set the session cookie of a user."""
     login_user(user)
     session.permanent = True
     g.user_id = user.user_id
 
 
-def close_session():
-    """Commit, and take the session away from the client."""
-    db.session.commit()
+def clear_session_cookie():
+    """Let the response delete the session cookie."""
     logout_user()
     session.clear()

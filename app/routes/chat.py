@@ -16,11 +16,13 @@ from app.bot import BotError
 from app.database import MAX_ID, fold_case, format_timestamp
 from app.errors import error_message, to_http_exception
 from app.models import Conversation, Message
-from app.models.conversation import Exchange, touch
+from app.models.conversation import touch
+from app.models.exchange import Exchange
 from app.responses import (
     conditional_response,
     event_stream,
     format_event,
+    format_event_id,
     hash_version,
     is_not_modified,
 )
@@ -243,7 +245,7 @@ def search_messages():
     rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before), "search")
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
-    return conditional_response(results, hash_version(results), next_page)
+    return conditional_response(results, hash_version([results, next_page]), next_page)
 
 
 def search_result_to_dict(message, conversation_name, q):
@@ -281,10 +283,10 @@ def send_message(conversation_id):
         exchange = Exchange.add(conversation_id, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], key)
         if exchange is None:
             abort(404, "Conversation not found")
-        if exchange.question["text"] != text:
+        if exchange.is_other_text:
             abort(409, "Idempotency-Key was used for another text in this conversation")
         reply = replies.start_or_join(exchange, g.request_id)
-    return respond_with_reply(reply, 201)
+    return respond_with_reply(reply, 201, is_new=exchange.history is not None)
 
 
 @bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -296,7 +298,7 @@ def edit_message(conversation_id, message_id):
     with replies.lock_conversation(current_user.id, conversation_id):
         exchange = get_edited_exchange(conversation_id, message_id, text)
         reply = replies.start_or_join(exchange, g.request_id)
-    return respond_with_reply(reply, 200)
+    return respond_with_reply(reply, 200, is_new=exchange.history is not None)
 
 
 def get_edited_exchange(conversation_id, message_id, text):
@@ -313,7 +315,8 @@ def get_edited_exchange(conversation_id, message_id, text):
         return exchange
     if Message.get_pending_edit(conversation_id, "user"):
         abort(409, "Another message of this conversation is being edited")
-    return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"])
+    attempt = exchange.attempt + 1 if exchange else 1
+    return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], attempt)
 
 
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -330,10 +333,15 @@ def get_message(conversation_id, message_id):
 def follow_reply(conversation_id, message_id):
     """Return a reply as server-sent events, from the beginning or from Last-Event-ID."""
     exchange = get_exchange_or_404(conversation_id, message_id)
-    offset, is_over = get_last_event_id()
-    if is_over:
+    offset, is_over = get_last_event_id(exchange.attempt)
+    is_in_progress = exchange.reply.get("status") == "in_progress"
+    # A reply whose process was taken for dead may have grown after its end.
+    if is_over and not is_in_progress and offset >= len(exchange.reply["text"]):
         return "", 204
-    return stream_reply(current_app.extensions["replies"].get(exchange), offset)
+    replies = current_app.extensions["replies"]
+    if is_in_progress:
+        replies.check_followers(current_user.id)
+    return stream_reply(replies.get(exchange), offset)
 
 
 @bp.post("/api/conversations/<id:conversation_id>/messages/<id:message_id>/stop")
@@ -345,7 +353,7 @@ def stop_reply(conversation_id, message_id):
     reply = replies.get(exchange)
     replies.stop(exchange)
     db.session.close()  # holds no connection while another process stops
-    wait_for_reply(reply)
+    exhaust(reply.follow())
     return reply.to_list()[1]
 
 
@@ -361,25 +369,28 @@ def get_exchange_or_404(conversation_id, message_id):
     return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
 
 
-def respond_with_reply(reply, status):
+def respond_with_reply(reply, status, is_new):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
-    The reply is generated in the background, whatever becomes of this request.
+    The reply is generated in the background, whatever becomes of this request, which has begun it if `is_new`.
     """
+    replies = current_app.extensions["replies"]
     exchange = reply.exchange
     is_over = exchange.reply.get("status") != "in_progress"
     headers = {"Idempotent-Replayed": "true"} if is_over else {}
     if prefers_async() and not is_over:
         return [exchange.question, exchange.reply], 202, {"Preference-Applied": "respond-async"}
+    if not (is_over or is_new):
+        replies.check_followers(current_user.id)
     if wants_stream():
         return stream_reply(reply, headers=headers)
-    wait_for_reply(reply)
+    exhaust(replies.follow(reply))
     return reply.to_list(), status, headers
 
 
-def wait_for_reply(reply):
+def exhaust(updates):
     """Wait until a reply is over and stored. Raises the bot's error if it failed before its first chunk."""
-    for _ in reply.follow():
+    for _ in updates:
         pass
 
 
@@ -389,14 +400,15 @@ def stream_reply(reply, offset=None, headers=()):
     The head waits for the first chunk, but not longer than SILENCE_INTERVAL, so that an early failure has a status.
     """
     db.session.close()  # holds no connection while the bot works
-    updates = reply.follow(offset or 0)
+    updates = current_app.extensions["replies"].follow(reply, offset or 0)
     first = list(islice(updates, 1))
     events = generate_events(reply, chain(first, updates), offset)
     return event_stream(stream_with_context(events), dict(headers))
 
 
 def generate_events(reply, updates, offset):
-    """Yield the events of a reply. An id has the number of characters so far, and "end" if nothing follows."""
+    """Yield the events of a reply. The id of the last one says that nothing follows."""
+    attempt = reply.exchange.attempt
     if offset is None:
         offset = 0
         start = {**reply.exchange.reply, "text": "", "status": "in_progress"}
@@ -404,12 +416,14 @@ def generate_events(reply, updates, offset):
     try:
         for text in updates:
             offset += len(text or "")
-            yield format_event("delta", {"text": text}, offset) if text else b": the bot is working\n\n"
+            id = format_event_id(offset, attempt)
+            yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
         exchange = reply.to_list()
     except (BotError, HTTPException, SQLAlchemyError) as error:
         yield format_event("error", {"error": error_message(to_http_exception(error))})
         return
+    last_id = format_event_id(offset, attempt, is_last=True)
     if exchange[1].get("status") == "failed":
-        yield format_event("error", {"error": error_message(to_http_exception(reply.error))}, f"{offset} end")
+        yield format_event("error", {"error": error_message(to_http_exception(reply.error))}, last_id)
     else:
-        yield format_event("done", exchange, f"{offset} end")
+        yield format_event("done", exchange, last_id)

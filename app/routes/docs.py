@@ -45,7 +45,7 @@ STYLE = """
   .swagger-ui .opblock-tag small { flex: none; order: 1; width: 100%; padding: 0 }
 }
 """
-PAGE = f"""<!doctype html>
+PAGE_HTML = f"""<!doctype html>
 <html lang="en">
 <head>
   <meta charset="utf-8">
@@ -95,7 +95,7 @@ def index():
 @bp.get("/api/docs")
 def show_page():
     """Return the documentation page."""
-    return PAGE, {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return PAGE_HTML, {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
 
 
 @bp.get("/api/docs/")

@@ -57,7 +57,9 @@ def upgrade():
         sa.Column("status", sa.String(11), server_default="complete", nullable=False),
         sa.Column("heartbeat_at", Timestamp),
         sa.Column("stop_requested", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("attempt", Integer64, server_default="1", nullable=False),
         sa.Column("idempotency_key", sa.String(255)),
+        sa.Column("sent_text_hash", sa.String(64)),
         sa.Column("replaces_id", Integer64),
         sa.CheckConstraint("sender IN ('user', 'bot')", name=op.f("ck_message_sender")),
         sa.CheckConstraint(

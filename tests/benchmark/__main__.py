@@ -28,10 +28,10 @@ from tests.benchmark.driving import (
     wrk,
 )
 
-CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
+CONVERSATIONS, MESSAGES_EACH, USERS = 50, 20, 200
 LARGE = 100  # as many times the conversations of the ordinary reader
 LIST, ME, STATUS, TEST = "/api/conversations", "/api/current_user", "/api/users/status", "/api/test"
-PAGE = f"{LIST}?limit=100"  # all of them, too
+LIMITED_LIST = f"{LIST}?limit=100"  # all of them, too
 
 
 class Side:
@@ -44,7 +44,7 @@ class Side:
         self.sender = self.program.signup("sender")
         with closing(Filler(url, serve is textbook)) as filler:
             filler.conversations(CONVERSATIONS, "1")
-            filler.messages(1, CONVERSATIONS * MESSAGES, f"(i - 1) / {MESSAGES} + 1")
+            filler.messages(1, CONVERSATIONS * MESSAGES_EACH, f"(i - 1) / {MESSAGES_EACH} + 1")
             filler.conversations(CONNECTIONS, "2")
             filler.users(3, USERS)
             filler.analyze()
@@ -57,7 +57,7 @@ class Side:
         first = CONVERSATIONS + CONNECTIONS + 1
         with closing(Filler(self.url)) as filler:
             filler.conversations(CONVERSATIONS * LARGE, str(USERS + 1))
-            filler.messages(1, CONVERSATIONS * MESSAGES * LARGE, f"(i - 1) / {MESSAGES} + {first}")
+            filler.messages(1, CONVERSATIONS * MESSAGES_EACH * LARGE, f"(i - 1) / {MESSAGES_EACH} + {first}")
             filler.analyze()
 
 
@@ -84,7 +84,7 @@ def measure(name, rounds, seconds):
             return wrk(side.program.port, seconds, [LIST], side.reader.cookie, etag=etag)
 
         yield side_by_side("list 1,000 messages", get(LIST))
-        yield side_by_side("list 1,000 messages, on a page", get(PAGE))
+        yield side_by_side("list 1,000 messages, on a page", get(LIMITED_LIST))
         yield side_by_side("list 1,000 messages, unchanged (304)", revalidate)
         yield side_by_side("send a message", send)
         yield side_by_side("who am I", get(ME))
@@ -101,19 +101,19 @@ def measure(name, rounds, seconds):
 
 def compare(ours, theirs):
     """Make sure that the two do equal work."""
-    listed, same = (reader.get(LIST).json for reader in (ours, theirs))
-    assert listed == same, "the two lists differ"
-    assert [len(conversation["messages"]) for conversation in listed] == [MESSAGES] * CONVERSATIONS
-    assert listed[0]["messages"][0]["created_at"] == TIME
+    conversations, other_conversations = (reader.get(LIST).json for reader in (ours, theirs))
+    assert conversations == other_conversations, "the two lists differ"
+    assert [len(conversation["messages"]) for conversation in conversations] == [MESSAGES_EACH] * CONVERSATIONS
+    assert conversations[0]["messages"][0]["created_at"] == TIME
     assert ours.get(ME).json == theirs.get(ME).json
-    listed, same = ([sorted(user) for user in reader.get(STATUS).json["users"]] for reader in (ours, theirs))
-    assert listed == same
-    assert len(listed) == USERS
+    users, other_users = ([sorted(user) for user in reader.get(STATUS).json["users"]] for reader in (ours, theirs))
+    assert users == other_users
+    assert len(users) == USERS
 
 
 def large(name, url, rounds):
     """Yield how long a start takes, and what a hundred times the messages cost in time and memory."""
-    note(f"{name}: start, and list {CONVERSATIONS * MESSAGES * LARGE:,} messages")
+    note(f"{name}: start, and list {CONVERSATIONS * MESSAGES_EACH * LARGE:,} messages")
     starts, growths = [], []
     for _ in range(rounds):
         with project(url) as program:

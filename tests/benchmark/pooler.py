@@ -15,7 +15,7 @@ from statistics import median
 from tests.benchmark.driving import CLOCK_TICKS, CONNECTIONS, Filler, note, number, project, table, wrk
 from tests.helpers.postgresql import PostgreSQLServer, run_pgbouncer
 
-CONVERSATIONS, MESSAGES, USERS = 50, 20, 200
+CONVERSATIONS, MESSAGES_EACH, USERS = 50, 20, 200
 REPLIES = 15  # that grow at the same time
 LIST = "/api/conversations"
 POOL_SIZE = 4
@@ -50,7 +50,7 @@ class Case:
         self.reader = self.program.signup("reader")
         with closing(Filler(self.postgresql.url)) as filler:
             filler.conversations(CONVERSATIONS, "1")
-            filler.messages(1, CONVERSATIONS * MESSAGES, f"(i - 1) / {MESSAGES} + 1")
+            filler.messages(1, CONVERSATIONS * MESSAGES_EACH, f"(i - 1) / {MESSAGES_EACH} + 1")
             filler.users(2, USERS)
             filler.analyze()
 

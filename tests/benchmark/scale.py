@@ -12,7 +12,7 @@ from statistics import median
 
 from tests.benchmark.driving import DATABASES, Filler, alternate, milliseconds, note, number, project, table
 
-CONVERSATIONS, MESSAGES = 50, 20  # the reader's
+CONVERSATIONS, MESSAGES_EACH = 50, 20  # the reader's
 PER_CONVERSATION, PER_USER = 50, 1000  # everybody else's messages
 LIST = "/api/conversations"
 
@@ -23,15 +23,15 @@ class Side:
     def __init__(self, stack, url, messages):
         self.program = stack.enter_context(project(url))
         self.program.signup("reader")
-        others = messages - CONVERSATIONS * MESSAGES
+        others = messages - CONVERSATIONS * MESSAGES_EACH
         users, conversations = others // PER_USER, others // PER_CONVERSATION
         began = time.monotonic()
         with closing(Filler(url)) as filler:
             filler.users(2, users + 1)
             filler.conversations(CONVERSATIONS, "1")
             filler.conversations(conversations, f"(i - 1) % {users or 1} + 2")
-            for part in range(MESSAGES):
-                first, last = (others * step // MESSAGES + 1 for step in (part, part + 1))
+            for part in range(MESSAGES_EACH):
+                first, last = (others * step // MESSAGES_EACH + 1 for step in (part, part + 1))
                 # Successive messages belong to different conversations, as if all users were active at once.
                 filler.messages(first, last - 1, f"i * 7919 % {conversations or 1} + {CONVERSATIONS + 1}")
                 filler.messages(1, CONVERSATIONS, "i")
@@ -68,11 +68,11 @@ class Side:
     def delete(self):
         """Delete a conversation of twenty messages."""
         id = self.reader.create_conversation()
-        for _ in range(MESSAGES // 2):
+        for _ in range(MESSAGES_EACH // 2):
             self.reader.send_message(id)
         return milliseconds(self.reader, "DELETE", f"{LIST}/{id}")
 
-    def me(self):
+    def get_current_user(self):
         return milliseconds(self.reader, "GET", "/api/current_user")
 
     def status(self):
@@ -91,7 +91,7 @@ def measure(name, messages, rounds):
             ("search the conversations, nothing found, ms", Side.search_conversations),
             ("send a message, ms", Side.send),
             ("delete a conversation of 20 messages, ms", Side.delete),
-            ("who am I, ms", Side.me),
+            ("who am I, ms", Side.get_current_user),
             (f"status of {many.users:,} users, against {few.users:,}, ms", Side.status),
         ):
 

@@ -116,7 +116,7 @@ def login():
 
 @app.get("/api/current_user")
 @login_required
-def me():
+def get_current_user():
     return jsonify(user=current_user.to_dict())
 
 

@@ -4,7 +4,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urljoin
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, update
 
 from app import db
 from app.models import Conversation, Message
@@ -43,6 +43,16 @@ def count_messages(app):
     """Return the number of messages of all users, pending edits included."""
     with app.app_context():
         return db.session.scalar(select(func.count(Message.id)))
+
+
+def age_heartbeats(app, seconds):
+    """Let the replies in progress look as if their process had been killed some seconds ago."""
+    with app.app_context():
+        for id, heartbeat_at in db.session.execute(select(Message.id, Message.heartbeat_at)).all():
+            if heartbeat_at:
+                aged = heartbeat_at - timedelta(seconds=seconds)
+                db.session.execute(update(Message).where(Message.id == id).values(heartbeat_at=aged))
+        db.session.commit()
 
 
 def get_answer(response):

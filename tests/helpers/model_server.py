@@ -122,6 +122,18 @@ def chunk(delta, finish_reason=None):
 
 
 DONE = b"data: [DONE]\n\n"
+EMPTY_CHUNK = chunk({"content": ""})
+SILENCES = {
+    "before the head": [stall],
+    "dripping head": [drip(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 10_000)],
+    "after the head": [b": comment\n\n", stall],
+    "after text": ["Hello", stall],
+    "after thinking": ["<think>Hm", stall],
+    "comments": ["Hello", drip(b"3\r\n:\n\n\r\n")],
+    "empty chunks": ["Hello", drip(b"%x\r\n%b\r\n" % (len(EMPTY_CHUNK), EMPTY_CHUNK), 0.001)],
+    "dripping line": ["Hello", drip(b"1\r\nx\r\n")],
+    "dripping chunk size": ["Hello", drip(b"0")],
+}
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The queries that requests send, and the plans by which the databases execute them."""
+"""Requests, the queries that they send, and the plans by which the databases execute them."""
 
 import re
 from collections import Counter
@@ -8,6 +8,30 @@ from threading import get_ident
 from sqlalchemy import event
 
 from app import db
+from tests.conftest import PASSWORD
+
+REQUESTS = {
+    "list": ("GET", "/api/conversations"),
+    "list with messages": ("GET", "/api/conversations?messages=1"),
+    "page": ("GET", "/api/conversations?limit=20"),
+    "later page": ("GET", "/api/conversations?limit=20&before={id}"),
+    "recent order": ("GET", "/api/conversations?limit=20&order=recent"),
+    "conversation": ("GET", "/api/conversations/{id}"),
+    "messages": ("GET", "/api/conversations/{id}/messages"),
+    "earlier messages": ("GET", "/api/conversations/{id}/messages?before={message_id}"),
+    "message": ("GET", "/api/conversations/{id}/messages/{message_id}"),
+    "events": ("GET", "/api/conversations/{id}/messages/{message_id}/events"),
+    "rename": ("PUT", "/api/conversations/{id}"),
+    "send, history and idempotency key": ("POST", "/api/conversations/{id}/messages"),
+    "edit": ("PUT", "/api/conversations/{id}/messages/{message_id}"),
+    "stop": ("POST", "/api/conversations/{id}/messages/{message_id}/stop"),
+    "session token": ("GET", "/api/current_user"),
+    "login": ("POST", "/api/login"),
+    "logout": ("POST", "/api/logout/{user_id}"),
+    "delete": ("DELETE", "/api/conversations/{id}"),
+    "users": ("GET", "/api/users/status?limit=20"),
+}
+BODY = {"name": "New", "text": "Hello", "username": "ada", "password": PASSWORD}
 
 
 @contextmanager

@@ -89,6 +89,13 @@ def connect(port):
     return socket.create_connection(("127.0.0.1", port), TIMEOUT)
 
 
+def is_listening(port, host="127.0.0.1"):
+    """Return whether a server accepts connections."""
+    with suppress(OSError), socket.create_connection((host, port), TIMEOUT):
+        return True
+    return False
+
+
 def format_head(request_line, *fields, cookie=None):
     """Return the head of a request as bytes, with a Host field."""
     lines = [request_line, "Host: localhost", *fields]

@@ -13,8 +13,8 @@ STATUSES = [200, 200, 302, 304, 201, 202, 200, 204, 200, 400, 400, 401, 403, 404
 STATUSES += [500, 502, 503, 504]
 
 
-def fail_as_told(history, **kwargs):
-    """A bot that fails as the user's message says, and else echoes it."""
+def failing_bot(history, **kwargs):
+    """A bot that raises the error that the message names, or else repeats the message."""
     text = history[-1][1]
     if text in BOT_ERRORS:
         raise BOT_ERRORS[text]

@@ -1,15 +1,15 @@
-"""Everything in this folder is slow: it serves the program, waits, kills, or needs other servers."""
+"""Everything in this folder is slow: it starts processes, fills databases, waits, kills, or needs other servers."""
 
 import shutil
 import sqlite3
 import subprocess
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHEAP_HASH
+from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
 from tests.helpers.postgresql import PostgreSQLServer, find_initdb
 from tests.helpers.server import Server
 
@@ -24,6 +24,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+
+
+@contextmanager
+def run_server(url, prefix=(), **settings):
+    """Serve the program on a database while the block is executed; each server accepts the sessions of the others."""
+    settings = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH, **SHARED_SESSIONS, **settings}
+    server = Server(prefix=prefix, **settings)
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture

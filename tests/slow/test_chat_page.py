@@ -2,9 +2,8 @@
 
 import json
 import re
-import socket
 import subprocess
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -12,7 +11,7 @@ from tests.conftest import on_sqlite
 from tests.helpers.model_server import ModelServer, running, stall
 from tests.helpers.npm import install, needs_npm, run_npm
 from tests.helpers.readme import get_block
-from tests.helpers.server import TIMEOUT, find_listed_port, wait_until
+from tests.helpers.server import TIMEOUT, find_listed_port, is_listening, wait_until
 
 CONFIGURATION = get_block("js", "proxy")
 
@@ -50,18 +49,11 @@ def serve_pages(project, configuration, host="127.0.0.1"):
     command = ["node_modules/.bin/vite", "--config", path, "--port", str(port), "--strictPort", "--host", host]
     with subprocess.Popen(command, cwd=project, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: process.poll() is not None or is_listening(host, port))
+            wait_until(lambda: process.poll() is not None or is_listening(port, host))
             assert process.poll() is None
             yield f"http://{host}:{port}"
         finally:
             process.terminate()
-
-
-def is_listening(host, port):
-    """Return whether a server accepts connections."""
-    with suppress(OSError), socket.create_connection((host, port), 1):
-        return True
-    return False
 
 
 class ChatPage:

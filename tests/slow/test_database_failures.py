@@ -10,19 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from app import create_app, db
-from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
 from tests.helpers.server import (
     PASSWORD,
     ROOT,
     TIMEOUT,
-    Server,
     measure,
     parse_events,
     record_measurement,
@@ -31,20 +29,11 @@ from tests.helpers.server import (
     run_in_background,
     wait_until,
 )
+from tests.slow.conftest import run_server
 
 MAX_SECONDS = 15  # until a silent database is a 503
 MAX_HEALTH_SECONDS = 5  # one, and what a busy machine takes
 sqlite_only = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-
-
-@contextmanager
-def run_server(url, prefix=()):
-    """Serve the program on a database while the block is executed."""
-    server = Server(prefix=prefix, DATABASE_URL=url, PASSWORD_HASH_METHOD=CHEAP_HASH, **SHARED_SESSIONS)
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 def is_unavailable(response):
@@ -122,7 +111,7 @@ def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
             with run_in_background(
                 lambda: follow_to_the_end(server, ada, f"{path}/{reply['id']}/events"),
                 *(lambda sender=sender: sender.send(is_over) for sender in senders),
-            ) as [following, *sending]:
+            ) as [follower, *sending]:
                 try:
                     time.sleep(2)
                     postgresql.stop(mode)
@@ -140,7 +129,7 @@ def test_restart_of_postgresql_loses_no_message_and_no_reply(postgresql, mode):
                     is_over.set()
             for future in sending:
                 future.result()
-            text, last = following.result()
+            text, last = follower.result()
             assert text == " ".join(str(number) for number in range(1, 13)) + " "
             assert last[:2] == ("done", ada.get(path).json)
             assert last[1] == [question, {key: last[1][1][key] for key in ("id", "sender", "text", "created_at")}]

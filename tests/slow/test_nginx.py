@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import CHEAP_HASH
 from tests.helpers.readme import get_block
-from tests.helpers.server import TIMEOUT, HttpClient, Server, connect, find_free_port, wait_until
+from tests.helpers.server import TIMEOUT, HttpClient, Server, find_free_port, is_listening, wait_until
 from tests.helpers.tls import create_certificate, create_tls_context
 
 pytestmark = pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
@@ -65,14 +65,6 @@ def nginx_port(tmp_path_factory):
     process.terminate()
     process.wait(TIMEOUT)
     server.kill()
-
-
-def is_listening(port):
-    try:
-        connect(port).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")

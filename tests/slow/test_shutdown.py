@@ -70,7 +70,7 @@ def quit_quickly(url):
 def press_control_c(url):
     """End a server as an impatient user at a terminal does, which sends SIGINT to the master and its workers.
 
-    Another program locks the database for a moment, so that the replies cannot be stored before the second signal.
+    Another program locks the database for a second, so that the replies cannot be stored before the second signal.
     """
 
     def press_repeatedly(server):

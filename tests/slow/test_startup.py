@@ -20,6 +20,8 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
+from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
+from tests.helpers.cli import invoke
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
@@ -103,7 +105,7 @@ def start(tmp_path):
 
     def start(*arguments, server_class=Server, **settings):
         url = f"sqlite:///{tmp_path / 'chat.db'}"
-        defaults = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", "WEB_CONCURRENCY": 1}
+        defaults = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH, "WEB_CONCURRENCY": 1}
         servers.append(server_class(*arguments, **defaults | settings))
         return servers[-1]
 
@@ -274,6 +276,23 @@ def test_flask_run_serves_a_database_that_flask_db_upgrade_created(start, empty_
     assert can_send_message(server)
 
 
+def test_flask_command_has_demo(app, database):
+    process = run_python("-m", "flask", "demo", DATABASE_URL=database, PASSWORD_HASH_METHOD=CHEAP_HASH)
+    [line] = process.stdout.splitlines()
+    assert (process.returncode, process.stderr) == (0, "")
+    assert line.startswith("Log in as charles")
+    status, lines, errors = invoke(app, "users")
+    assert (status, errors) == (0, [])
+    expected = [[str(n), "Offline", "never", name] for n, name in enumerate(("charles", "alan", "barbara"), 1)]
+    assert [line.split() for line in lines] == expected
+
+
+def test_simulated_bot_imports_no_client():
+    program = "import sys, app.bot; app.bot.create_bot({'BOT_MODEL': ''}); assert 'app.openai_bot' not in sys.modules"
+    process = run_python("-c", program)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users"])
 def test_invalid_setting_stops_the_program_with_one_line(command):
     process = run_python(*command.split(), CORS_ORIGINS="http://a\n*")
@@ -322,17 +341,18 @@ def test_misspelled_name_in_env_file_is_logged_once_for_all_processes(start, clo
 
 
 @pytest.mark.parametrize("command", ["-c 'import run'", "-m gunicorn --bind 127.0.0.1:0 run:app"])
-def test_other_server_without_secret_key_does_not_start(command):
-    process = run_python(*shlex.split(command), WEB_CONCURRENCY="1")
-    assert process.returncode == 4
-    [line] = read_lines(process)
-    assert line.startswith("Error: SECRET_KEY must be set")
+def test_other_server_without_what_its_processes_share_does_not_start(command):
+    for settings, name in (({}, "SECRET_KEY"), ({"SECRET_KEY": SECRET_KEY}, "SESSIONS_VALID_FROM")):
+        process = run_python(*shlex.split(command), WEB_CONCURRENCY="1", **settings)
+        assert process.returncode == 4
+        [line] = read_lines(process)
+        assert line.startswith(f"Error: {name} must be set")
 
 
-def test_other_server_with_secret_key_serves(start, empty_database):
+def test_other_server_with_what_its_processes_share_serves(start, empty_database):
     run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database)
     prefix = run_instead("-m", "gunicorn", "--bind", "127.0.0.1:0", "run:app")
-    server = start(prefix=prefix, DATABASE_URL=empty_database, SECRET_KEY=SECRET_KEY)
+    server = start(prefix=prefix, DATABASE_URL=empty_database, **SHARED_SESSIONS)
     assert can_send_message(server)
 
 
