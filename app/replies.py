@@ -17,11 +17,11 @@ from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
 from app.errors import DATABASE_UNAVAILABLE, RETRY_AFTER, bot_exception, database_unavailable, get_reason
 from app.models.conversation import Conversation, touch_if_unlocked
-from app.models.exchange import fail_abandoned, list_stop_requests, save_replies
+from app.models.exchange import fail_abandoned, read_states, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
 
 MAX_REPLY_CHARS = 100_000
-MAX_FOLLOWERS = 100  # requests of a user that wait for replies or follow them in this process
+MAX_FOLLOWERS = 100  # requests of a user that follow replies in this process; new sends count, but are not refused
 SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
 POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
 LOCKED_INTERVAL = 0.05  # seconds between two attempts to store the end of a reply whose conversation is locked
@@ -53,6 +53,7 @@ class Reply:
         self.error = None  # the HTTPException that ended it
         self.is_stored = False  # its end is in the database
         self.is_lost = False  # it was deleted, or another process took it over
+        self.is_failed_by_others = False  # who took this process for dead, see fail_abandoned()
         self.chunks = []
         self.length = 0
         self.source = None  # the iterable that the bot returned
@@ -120,7 +121,10 @@ class Reply:
             raise copy(self.error)  # itself would keep what raises it, and so the history, in memory
 
     def failed_at_once(self):
-        """Return whether the bot failed before its first chunk."""
+        """Return whether the reply failed before its first chunk, so that its requests fail.
+
+        When the server is stopped, only an edit fails so: a new message stays, with an empty reply.
+        """
         if self.status != "failed" or self.length or self.exchange.is_applied:
             return False
         return self.exchange.is_pending_edit or not isinstance(self.error, Interrupted)
@@ -130,14 +134,8 @@ class Reply:
         is_over = self.status != "in_progress"
         return "".join(self.chunks) or (is_over and self.exchange.failed_text) or ""
 
-    def is_to_save(self, now):
-        """Return whether the reply in progress has grown since it was saved, or needs a heartbeat."""
-        is_silent = now - self.saved_at > HEARTBEAT_INTERVAL
-        return self.status == "in_progress" and (self.length > self.saved_length or is_silent)
-
-    def to_row(self):
+    def to_row(self, status):
         """Return what save_replies() stores."""
-        status = self.status  # before the text, which is whole once the reply has ended
         return self.exchange.conversation_id, *self.key, self.get_text(), status
 
     def to_list(self):
@@ -188,9 +186,9 @@ class StoredReply:
             time.sleep(POLL_INTERVAL)
 
     def to_list(self):
-        """Return the exchange as the API shows it."""
+        """Return the exchange as the API shows it after follow(), to which a reply in progress has failed."""
         row = self.load()
-        return exchange_to_list(self.exchange, row.text, "failed" if row.is_abandoned else row.status)
+        return exchange_to_list(self.exchange, row.text, "failed" if row.status == "in_progress" else row.status)
 
 
 def get_http_exception(error):
@@ -223,7 +221,7 @@ class ReplyManager:
         self.counts = Counter()  # of replies in progress, by user
         self.followers = Counter()  # by user
         self.ended = deque()  # replies whose end is to be stored
-        self.errors = {}  # by key, of the last replies without a chunk: some requests may have read them before
+        self.errors = {}  # by key, of the last replies that were lost or failed at once: requests may have read them
         self.delayed_ids = set()  # of replies that could not be stored at the last attempt
         self.lock = Lock()
         self.conversation_locks = WeakValueDictionary()
@@ -318,7 +316,7 @@ class ReplyManager:
         return self.get(exchange) if exchange.reply.get("status") == "in_progress" else StoredReply(exchange)
 
     def stop(self, exchange):
-        """Stop a reply in progress; commit. Its process stores it within about a second, see Reply.follow()."""
+        """Stop a reply in progress, or one whose process was taken for dead; that process stores it within a second."""
         if reply := self.replies.get(exchange.key):
             self.end(reply, "stopped")
             return
@@ -408,10 +406,11 @@ class ReplyManager:
         if not reply.end(status, error):
             return
         if error:
-            self.log_error(reply, error)
             reply.error = get_http_exception(error)
         self.ended.append(reply)
         self.wakeup.set()
+        if error:
+            self.log_error(reply, error)
         self.call_source(reply, "cancel")
 
     def log_error(self, reply, error):
@@ -466,10 +465,12 @@ class ReplyManager:
         kept = []
         for reply in list(self.ended):
             exchange = reply.exchange
-            is_alone = reply.failed_at_once() or exchange.is_pending_edit
-            if is_alone and touch_if_unlocked(db.session, {exchange.conversation_id}):
+            is_edit = exchange.replaces_id is not None and not reply.length
+            if (is_edit or reply.failed_at_once()) and touch_if_unlocked(db.session, {exchange.conversation_id}):
                 continue
-            if reply.failed_at_once() and exchange.failed_text is None:  # now that nobody else can apply the edit
+            if is_edit:
+                exchange.read_is_applied()
+            if reply.failed_at_once() and exchange.failed_text is None:
                 exchange.discard()
                 self.forget(reply, is_lost=True)
                 continue
@@ -477,7 +478,7 @@ class ReplyManager:
                 exchange.apply_edit()
             kept.append(reply)
         if kept:
-            locked_ids, lost_keys = save_replies([reply.to_row() for reply in kept])
+            locked_ids, lost_keys = save_replies([reply.to_row(reply.status) for reply in kept])
             for reply in kept:
                 if reply.exchange.conversation_id not in locked_ids:
                     self.forget(reply, is_lost=reply.key in lost_keys)
@@ -503,7 +504,7 @@ class ReplyManager:
         return database_unavailable()  # it was, or the process of this reply was paused
 
     def keep_error(self, reply):
-        """Keep the error of a reply without a chunk, but of the last MAX_ERRORS only."""
+        """Keep the error of a reply that was lost or failed at once, but of the last MAX_ERRORS only."""
         self.errors[reply.key] = copy(reply.error)  # without its frames, which have the history
         if len(self.errors) > MAX_ERRORS:
             del self.errors[next(iter(self.errors))]
@@ -511,11 +512,13 @@ class ReplyManager:
     def end_overdue(self):
         """End the replies that were lost, that a user stops from another process, and that take too long."""
         replies = list(self.replies.values())  # before the query: one that starts after it must not look deleted
-        stop_requests = list_stop_requests([reply.id for reply in replies]) if replies else {}
+        states = read_states([reply.id for reply in replies]) if replies else {}
         for reply in replies:
-            if reply.key not in stop_requests:
+            state = states.get(reply.key)
+            reply.is_failed_by_others = state is not None and state.status == "failed"
+            if state is None:
                 self.end(reply, "failed", self.get_lost_error(reply))
-            elif stop_requests[reply.key]:
+            elif state.stop_requested:
                 self.end(reply, "stopped")
             elif time.monotonic() - reply.started_at > self.app.config["BOT_MAX_SECONDS"]:
                 overdue = BotTimeout(f"no end after {self.app.config['BOT_MAX_SECONDS']} s")
@@ -527,10 +530,16 @@ class ReplyManager:
         if now - self.saved_at < SAVE_INTERVAL:
             return
         self.saved_at = now
-        replies = [reply for reply in list(self.replies.values()) if reply.is_to_save(now)]
-        if replies:
-            lengths = [reply.length for reply in replies]
-            locked_ids, _ = save_replies([reply.to_row() for reply in replies])
-            for reply, length in zip(replies, lengths, strict=True):
+        in_progress = [reply for reply in list(self.replies.values()) if reply.status == "in_progress"]
+        changed = [reply for reply in in_progress if reply.length > reply.saved_length or reply.is_failed_by_others]
+        if changed:
+            lengths = [reply.length for reply in changed]
+            locked_ids, _ = save_replies([reply.to_row("in_progress") for reply in changed])
+            for reply, length in zip(changed, lengths, strict=True):
                 if reply.exchange.conversation_id not in locked_ids:
                     reply.saved_length, reply.saved_at = length, now
+        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL]
+        if silent:
+            save_heartbeats([reply.id for reply in silent])
+            for reply in silent:
+                reply.saved_at = now

@@ -85,7 +85,7 @@ def get_idempotency_key():
 def get_last_event_id(attempt):
     """Return the Last-Event-ID of a resumed stream as (number of characters received, whether the end was received).
 
-    (None, False) if there is none of this attempt at the reply, see format_event_id().
+    (None, False) without that header, or if it belongs to another attempt at the reply, see format_event_id().
     """
     match = re.fullmatch(r"([0-9]{1,9})(?: attempt ([0-9]{1,9}))?( end)?", request.headers.get("Last-Event-ID", ""))
     if match and int(match[2] or 1) == attempt:

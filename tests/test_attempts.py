@@ -9,6 +9,7 @@ import pytest
 from flask import abort
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 from werkzeug.exceptions import NotFound
 
 from app import db
@@ -109,9 +110,8 @@ def test_reply_that_was_taken_for_abandoned_is_in_progress_again(
 
 
 def test_silent_reply_that_was_taken_for_abandoned_is_in_progress_again(
-    app, ada, bot, gate, conversation_id, pause_storing, late_process, monkeypatch
+    app, ada, bot, gate, conversation_id, pause_storing, late_process
 ):
-    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0.1)
     bot.steps = ["One ", gate.wait]
     _, reply = start_reply(ada, conversation_id)
     wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"])
@@ -312,6 +312,38 @@ def test_edit_that_ends_while_it_is_applied_loses_no_message(app, ada, bot, conv
         editing.result(TIMEOUT)
     edited, reply = ada.list_messages(conversation_id)
     assert (edited["text"], reply["text"], reply["status"]) == ("Edited", "", "failed")
+
+
+@contextmanager
+def failing_commits_of_replies(name):
+    """Let the commits of threads that generate replies fail, before or after they are done."""
+
+    def fail(session):
+        if threading.current_thread().name.startswith("reply-"):
+            raise OperationalError("COMMIT", {}, Exception("the connection is lost"))
+
+    event.listen(db.session, name, fail)
+    try:
+        yield
+    finally:
+        event.remove(db.session, name, fail)
+
+
+def test_edit_whose_commit_was_done_and_failed_loses_no_message(app, ada, bot, conversation_id):
+    question, _ = ada.send_message(conversation_id, headers=KEY).json
+    with failing_commits_of_replies("after_commit"):
+        edited = ada.edit_message(conversation_id, question["id"], "Edited")
+    assert (edited.status_code, edited.json[1]["status"]) == (200, "failed")
+    assert ada.list_messages(conversation_id) == edited.json
+    assert ada.send_message(conversation_id, headers=KEY).status_code == 201
+
+
+def test_edit_whose_commit_failed_changes_nothing_and_allows_another(app, ada, bot, conversation_id):
+    question, reply = ada.send_message(conversation_id).json
+    with failing_commits_of_replies("before_commit"):
+        assert ada.edit_message(conversation_id, question["id"], "Edited").status_code == 503
+    assert ada.list_messages(conversation_id) == [question, reply]
+    assert ada.edit_message(conversation_id, question["id"], "Again").status_code == 200
 
 
 # Following a reply of which there are several attempts

@@ -410,7 +410,8 @@ def test_edit_whose_conversation_is_locked_as_it_is_stopped_delays_no_other(make
 
 
 @on_postgresql
-def test_growing_reply_whose_conversation_is_locked_delays_no_other(make_app, bot, gate, database):
+def test_growing_reply_whose_conversation_is_locked_delays_no_other(make_app, bot, gate, database, monkeypatch):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
     app = make_app(bot=bot)
     ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
     first_gate = Gate()
@@ -418,10 +419,13 @@ def test_growing_reply_whose_conversation_is_locked_delays_no_other(make_app, bo
     ids = [client.create_conversation() for client in (ada, bob)]
     for client, id in zip((ada, bob), ids, strict=True):
         start_reply(client, id, "Hi")
+    heartbeat = "SELECT heartbeat_at FROM message WHERE conversation_id = :id AND sender = 'bot'"
     with lock_conversation(database, ids[0]):
         first_gate.set()
         wait_until(lambda: bob.list_messages(ids[1])[1]["text"] == "Hello ")
         assert ada.list_messages(ids[0])[1]["text"] == ""
+        before = execute(app, heartbeat, id=ids[0])
+        wait_until(lambda: execute(app, heartbeat, id=ids[0]) != before)
     wait_until(lambda: ada.list_messages(ids[0])[1]["text"] == "Hello ")
 
 

@@ -5,7 +5,9 @@ import re
 import pytest
 
 from tests.conftest import create_logged_in_client, echo
+from tests.helpers.bots import start_reply
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids
+from tests.helpers.server import wait_until
 
 ORIGIN = "http://localhost:3000"
 KEPT_HEADERS = ("ETag", "Cache-Control", "Vary", "Access-Control-Allow-Origin", "Access-Control-Expose-Headers")
@@ -198,3 +200,19 @@ def test_etag_changes_when_the_next_page_disappears(ada):
     second = ada.get("/api/messages?q=find+me&limit=2", headers={"If-None-Match": first.headers["ETag"]})
     assert (second.status_code, second.json) == (200, first.json)
     assert "Link" not in second.headers
+
+
+def test_etag_does_not_change_with_heartbeats(make_app, bot, gate, monkeypatch):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
+    app = make_app(bot)
+    client = create_logged_in_client(app, "ada")
+    id = client.create_conversation()
+    bot.steps = [gate.wait, "Hello"]
+    _, reply = start_reply(client, id)
+
+    def read_heartbeat():
+        return execute(app, "SELECT heartbeat_at FROM message WHERE id = :id", id=reply["id"])
+
+    etag, heartbeat = client.get(f"/api/conversations/{id}").headers["ETag"], read_heartbeat()
+    wait_until(lambda: read_heartbeat() != heartbeat)
+    assert client.get(f"/api/conversations/{id}", headers={"If-None-Match": etag}).status_code == 304

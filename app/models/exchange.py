@@ -209,13 +209,15 @@ class Exchange:
         in_between = (Message.id > question_id) & (Message.id < reply_id)
         db.session.execute(delete(Message).where(Message.conversation_id == self.conversation_id, in_between))
         db.session.execute(update(Message).where(Message.id == question_id).values(text=self.question["text"]))
-        self.is_applied = True  # before the commit, which lets others lock the conversation, and see that
-        try:
-            db.session.commit()
-        except BaseException:
-            self.is_applied = False
-            raise
+        db.session.commit()
+        self.is_applied = True
         return True
+
+    def read_is_applied(self):
+        """Read whether the edit was applied, as another thread may be doing that; call touch_if_unlocked() before."""
+        query = select(Message.replaces_id).where(Message.id == self.reply["id"])
+        row = db.session.execute(query).one_or_none()
+        self.is_applied = row is not None and row.replaces_id is None
 
     def discard(self):
         """Delete what the request stored, because the bot failed before its first chunk; commit.
@@ -239,7 +241,7 @@ def hash_text(text):
 
 
 def save_replies(rows):
-    """Store replies in progress, each a (conversation_id, id, attempt, text, status); commit.
+    """Store the text and the status of replies, each a (conversation_id, id, attempt, text, status); commit.
 
     Returns the ids of the conversations that a transaction has locked, whose replies are to be stored later, and the
     keys of the replies that cannot be stored: they were deleted, or another process took them over.
@@ -259,11 +261,20 @@ def save_replies(rows):
     return locked_ids, lost_keys
 
 
-def list_stop_requests(ids):
-    """Return {key: whether the reply is to stop} of the replies with these ids that exist."""
+def save_heartbeats(ids):
+    """Record that replies in progress are being generated, unless a transaction has locked them; commit."""
+    in_progress = select(Message.id).where(Message.id.in_(ids), Message.status == "in_progress")
+    unlocked = in_progress.with_for_update(skip_locked=True, key_share=True)
+    heartbeat = update(messages).where(messages.c.id.in_(unlocked)).values(heartbeat_at=database_now())
+    db.session.execute(heartbeat)
+    db.session.commit()
+
+
+def read_states(ids):
+    """Return rows (stop_requested, status) by key, of the replies with these ids that exist."""
     with autocommit(db.engine).connect() as connection:
-        query = select(Message.id, Message.attempt, Message.stop_requested).where(Message.id.in_(ids))
-        return {(row.id, row.attempt): row.stop_requested for row in connection.execute(query)}
+        query = select(Message.id, Message.attempt, Message.stop_requested, Message.status)
+        return {(row.id, row.attempt): row for row in connection.execute(query.where(Message.id.in_(ids)))}
 
 
 def fail_abandoned(own_ids=()):

@@ -1,17 +1,18 @@
 """`python -m tests.benchmark` measures the program beside the textbook version, and prints a Markdown table.
 
 It needs wrk. PostgreSQL is measured too if TEST_DATABASE_URL names a server where databases may be created.
-Both send into eight conversations in turn, one for each connection of wrk.
+Both send into as many conversations as wrk has connections, in turn.
 """
 
 import argparse
 import sqlite3
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
+
+import psycopg
 
 from tests.benchmark.driving import (
     CONNECTIONS,
@@ -29,6 +30,7 @@ from tests.benchmark.driving import (
 )
 
 CONVERSATIONS, MESSAGES_EACH, USERS = 50, 20, 200
+SENDERS = (1, CONNECTIONS, 64)  # connections that send at once
 LARGE = 100  # as many times the conversations of the ordinary reader
 LIST, ME, STATUS, TEST = "/api/conversations", "/api/current_user", "/api/users/status", "/api/test"
 LIMITED_LIST = f"{LIST}?limit=100"  # all of them, too
@@ -45,16 +47,16 @@ class Side:
         with closing(Filler(url, serve is textbook)) as filler:
             filler.conversations(CONVERSATIONS, "1")
             filler.messages(1, CONVERSATIONS * MESSAGES_EACH, f"(i - 1) / {MESSAGES_EACH} + 1")
-            filler.conversations(CONNECTIONS, "2")
+            filler.conversations(max(SENDERS), "2")
             filler.users(3, USERS)
             filler.analyze()
         first = CONVERSATIONS + 1
-        self.sends = [f"{LIST}/{id}/messages" for id in range(first, first + CONNECTIONS)]
+        self.sends = [f"{LIST}/{id}/messages" for id in range(first, first + max(SENDERS))]
 
     def add_large(self):
         """Add a user with very much to list."""
         self.program.signup("large")
-        first = CONVERSATIONS + CONNECTIONS + 1
+        first = CONVERSATIONS + max(SENDERS) + 1
         with closing(Filler(self.url)) as filler:
             filler.conversations(CONVERSATIONS * LARGE, str(USERS + 1))
             filler.messages(1, CONVERSATIONS * MESSAGES_EACH * LARGE, f"(i - 1) / {MESSAGES_EACH} + {first}")
@@ -75,9 +77,11 @@ def measure(name, rounds, seconds):
         def get(path):
             return lambda side: wrk(side.program.port, seconds, [path], side.reader.cookie)
 
-        def send(side):
+        def send(connections):
             body = {"text": "Hello there, what do you make of this?"}
-            return wrk(side.program.port, seconds, side.sends, side.sender.cookie, body)
+            return lambda side: wrk(
+                side.program.port, seconds, side.sends[:connections], side.sender.cookie, body, connections=connections
+            )
 
         def revalidate(side):
             etag = side.reader.get(LIST).headers.get("ETag")  # the textbook version has none, and lists again
@@ -86,7 +90,8 @@ def measure(name, rounds, seconds):
         yield side_by_side("list 1,000 messages", get(LIST))
         yield side_by_side("list 1,000 messages, on a page", get(LIMITED_LIST))
         yield side_by_side("list 1,000 messages, unchanged (304)", revalidate)
-        yield side_by_side("send a message", send)
+        for connections in SENDERS:
+            yield side_by_side(f"send a message, {connections} at once", send(connections))
         yield side_by_side("who am I", get(ME))
         yield side_by_side(f"status of {USERS} users", get(STATUS))
         yield side_by_side("`/api/test`", get(TEST))
@@ -157,26 +162,33 @@ def bare(*options):
     return gunicorn("tests.benchmark.bare:app", "--worker-class=gevent", *options)
 
 
-def ceiling(rounds, seconds):
-    """Yield how many pairs of messages SQLite can take, one after another, each safe on the disk."""
-    note("what SQLite can take")
-    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(f"{folder}/bare.db")) as connection:
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("CREATE TABLE message (id INTEGER PRIMARY KEY, sender TEXT, text TEXT)")
+def connect(url):
+    """Return a connection of the driver alone to a database, set up as the program's."""
+    if not url.startswith("sqlite"):
+        return psycopg.connect(url.replace("postgres://", "postgresql://"), autocommit=True)
+    connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+def ceiling(name, rounds, seconds):
+    """Yield how many pairs of messages a database can take from one connection, in a transaction each."""
+    note(f"what {name} can take")
+    with DATABASES[name]() as url, closing(connect(url)) as connection:
+        connection.execute("CREATE TABLE message (sender TEXT, text TEXT)")
 
         def pairs():
             began, count = time.monotonic(), 0
             while time.monotonic() < began + seconds:
-                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("BEGIN IMMEDIATE" if name == "SQLite" else "BEGIN")
                 for sender in ("user", "bot"):
-                    connection.execute("INSERT INTO message (sender, text) VALUES (?, 'Hello there')", (sender,))
+                    connection.execute(f"INSERT INTO message (sender, text) VALUES ('{sender}', 'Hello there')")
                 connection.execute("COMMIT")
                 count += 1
             return count / seconds
 
-        yield "bare `BEGIN IMMEDIATE; INSERT x2; COMMIT`, WAL, FULL, 1/s", "SQLite", *alternate(rounds, pairs)
+        yield "bare BEGIN, INSERT twice, COMMIT, 1/s", name, *alternate(rounds, pairs)
 
 
 def main():
@@ -188,7 +200,8 @@ def main():
     for name in DATABASES:
         rows.extend(measure(name, options.rounds, options.seconds))
     rows.extend(against_bare_flask(options.rounds, options.seconds))
-    rows.extend(ceiling(options.rounds, options.seconds))
+    for name in DATABASES:
+        rows.extend(ceiling(name, options.rounds, options.seconds))
     sys.stdout.write(f"{CONNECTIONS} connections, 2 workers; medians of {options.rounds} rounds, taken in turn\n\n")
     table(*((*row, *[""] * (5 - len(row))) for row in rows))
 

@@ -173,8 +173,8 @@ class Program:
 
 
 def project(url):
-    """Serve the program on a database as its users do."""
-    return Program("run.py", DATABASE_URL=url)
+    """Serve the program on a database as its users do, but that one user may send at 64 connections at once."""
+    return Program("run.py", DATABASE_URL=url, MAX_CONCURRENT_REPLIES="64")
 
 
 def gunicorn(target, *options, **settings):
@@ -195,7 +195,7 @@ def textbook(url):
     return gunicorn(f"{name}:app", DATABASE_URL=url)
 
 
-def wrk(port, seconds, paths, cookie=None, body=None, etag=None):
+def wrk(port, seconds, paths, cookie=None, body=None, etag=None, connections=CONNECTIONS):
     """Return how many requests a second are answered, over so many seconds, taking the paths in turn; all must be."""
     script = [f"local paths, turn = {{{', '.join(map(json.dumps, paths))}}}, 0", "local threads = 0"]
     if cookie:
@@ -213,7 +213,15 @@ def wrk(port, seconds, paths, cookie=None, body=None, etag=None):
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write("\n".join(script))
         file.flush()
-        command = ["wrk", "-t2", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout=30s", "-s", file.name]
+        command = [
+            "wrk",
+            f"-t{min(2, connections)}",
+            f"-c{connections}",
+            f"-d{seconds}s",
+            "--timeout=30s",
+            "-s",
+            file.name,
+        ]
         output = subprocess.run([*command, f"http://127.0.0.1:{port}"], capture_output=True, text=True, check=True)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", output.stdout)
     if not rate or float(rate[1]) == 0 or "Non-2xx" in output.stdout or "Socket errors" in output.stdout:
