@@ -20,6 +20,11 @@ CHROMIUM_OPTIONS = [
 ]
 
 
+def pytest_ignore_collect(config):
+    """Do not even import these modules if all of their tests would be deselected."""
+    return True if config.option.markexpr == "not slow" else None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
