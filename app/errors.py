@@ -42,6 +42,7 @@ def init_app(app):
 
 def handle_error(error):
     """Return the response for an exception of the database or the bot."""
+    log_error(error)
     return http_error_response(to_http_exception(error))
 
 
@@ -60,21 +61,26 @@ def error_message(error):
 
 
 def to_http_exception(error):
-    """Return the HTTPException that clients get for any exception; for a bug it is a 500, and the log has the cause."""
+    """Return the HTTPException that clients get for any exception; for a bug it is a 500."""
     if isinstance(error, HTTPException):
         return error
     if isinstance(error, BotError):
         return bot_exception(error)
     if isinstance(error, StaleDataError):  # another request deleted the conversation just before
         return NotFound("Conversation not found")
-    if isinstance(error, exc.SQLAlchemyError) and (message := database_error_message(error)):
-        current_app.logger.error("%s (%s)", message, get_reason(error))
+    if isinstance(error, exc.SQLAlchemyError) and database_error_message(error):
         return database_unavailable()
-    if isinstance(error, exc.SQLAlchemyError):
-        current_app.logger.error("Exception in a request: %s", format_traceback(error))
-    else:
-        current_app.logger.error("Exception in a request", exc_info=error)
     return InternalServerError()
+
+
+def log_error(error):
+    """Log an exception of the database: why it cannot be used, or where the exception was raised if it is a bug."""
+    if not isinstance(error, exc.SQLAlchemyError) or isinstance(error, StaleDataError):
+        return
+    if message := database_error_message(error):
+        current_app.logger.error("%s (%s)", message, get_reason(error))
+    else:
+        current_app.logger.error("Exception in a request: %s", format_traceback(error))
 
 
 def database_unavailable():

@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, Se
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import autocommit, database_now, format_traceback
-from app.errors import DATABASE_UNAVAILABLE, RETRY_AFTER, bot_exception, database_unavailable, get_reason
+from app.errors import DATABASE_UNAVAILABLE, RETRY_AFTER, database_unavailable, get_reason, to_http_exception
 from app.models.conversation import Conversation, touch_if_unlocked
 from app.models.exchange import fail_abandoned, read_states, save_heartbeats, save_replies
 from app.models.message import HEARTBEAT_TIMEOUT, Message
@@ -118,7 +118,7 @@ class Reply:
             if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
                 raise database_unavailable()
         if self.is_lost or self.failed_at_once():
-            raise copy(self.error)  # itself would keep what raises it, and so the history, in memory
+            raise copy_error(self.error)
 
     def failed_at_once(self):
         """Return whether the reply failed before its first chunk, so that its requests fail.
@@ -167,7 +167,7 @@ class StoredReply:
             if not Conversation.exists(connection, self.exchange.conversation_id):
                 raise NotFound("Conversation not found")
         if self.exchange.reply.get("status") in ("in_progress", "failed"):
-            raise copy(self.error)  # it has failed: it was discarded, or is retried
+            raise copy_error(self.error)  # it has failed: it was discarded, or is retried
         raise NotFound("Message not found")
 
     def follow(self, offset=0):
@@ -191,15 +191,13 @@ class StoredReply:
         return exchange_to_list(self.exchange, row.text, "failed" if row.status == "in_progress" else row.status)
 
 
-def get_http_exception(error):
-    """Return the HTTPException that clients get for any error of a reply; it can be copied."""
-    if isinstance(error, BotError):
-        return bot_exception(error)
-    if isinstance(error, DATABASE_UNAVAILABLE):
-        return database_unavailable()
-    if isinstance(error, HTTPException):
-        with suppress(Exception):  # a subclass may need arguments
-            return copy(error)
+def copy_error(error):
+    """Return a copy of a reply's error, to raise or to keep: a raised one keeps its frames, which have the history.
+
+    A 500 takes the place of one that cannot be copied, because its class needs arguments.
+    """
+    with suppress(Exception):
+        return copy(error)
     return InternalServerError()
 
 
@@ -244,8 +242,6 @@ class ReplyManager:
 
         Raises TooManyRequests if the user has MAX_CONCURRENT_REPLIES in progress in this process.
         """
-        if self.is_shutting_down:
-            raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
         self.reserve(exchange.user_id)
         try:
             db.session.commit()
@@ -281,6 +277,8 @@ class ReplyManager:
     def reserve(self, user_id):
         """Count one more reply of a user, or raise TooManyRequests."""
         with self.lock:
+            if self.is_shutting_down:
+                raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
             if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
                 raise TooManyRequests("Too many replies in progress, try again later", retry_after=RETRY_AFTER)
             self.counts[user_id] += 1
@@ -406,7 +404,7 @@ class ReplyManager:
         if not reply.end(status, error):
             return
         if error:
-            reply.error = get_http_exception(error)
+            reply.error = to_http_exception(error)
         self.ended.append(reply)
         self.wakeup.set()
         if error:
@@ -505,7 +503,7 @@ class ReplyManager:
 
     def keep_error(self, reply):
         """Keep the error of a reply that was lost or failed at once, but of the last MAX_ERRORS only."""
-        self.errors[reply.key] = copy(reply.error)  # without its frames, which have the history
+        self.errors[reply.key] = copy_error(reply.error)
         if len(self.errors) > MAX_ERRORS:
             del self.errors[next(iter(self.errors))]
 

@@ -63,6 +63,19 @@ def pause_storing(app, monkeypatch):
         pause.released.set()
 
 
+def take_for_dead(app, pause, late_process):
+    """Let the paused application look as if it had been killed; return a client of the process that looks."""
+    wait_until(pause.waiting.is_set)
+    age_heartbeats(app, 31)
+    return late_process()
+
+
+def start_growing_reply(client, conversation_id):
+    """Send a message; return the reply as soon as its first words are stored."""
+    _, reply = start_reply(client, conversation_id)
+    return wait_until(lambda: (stored := client.get_message(conversation_id, reply["id"]).json)["text"] and stored)
+
+
 def get_status(client, conversation_id, message_id):
     return client.get_message(conversation_id, message_id).json.get("status", "complete")
 
@@ -82,9 +95,7 @@ def test_reply_that_was_taken_for_abandoned_is_complete_in_the_end(
     pause = pause_storing()
     bot.steps = ["One ", gate.wait, "two"]
     with run_in_background(lambda: create_other_client(ada).send_message(conversation_id)) as [sending]:
-        wait_until(pause.waiting.is_set)
-        age_heartbeats(app, 31)
-        assert late_process().list_messages(conversation_id)[1]["status"] == "failed"
+        assert take_for_dead(app, pause, late_process).list_messages(conversation_id)[1]["status"] == "failed"
         gate.set()
         pause.released.set()
         response = sending.result(TIMEOUT)
@@ -98,9 +109,7 @@ def test_reply_that_was_taken_for_abandoned_is_in_progress_again(
     pause = pause_storing()
     bot.steps = ["One ", gate.wait, "two"]
     _, reply = start_reply(ada, conversation_id)
-    wait_until(pause.waiting.is_set)
-    age_heartbeats(app, 31)
-    client = late_process()
+    client = take_for_dead(app, pause, late_process)
     assert get_status(client, conversation_id, reply["id"]) == "failed"
     etag = client.get_message(conversation_id, reply["id"]).headers["ETag"]
     pause.released.set()
@@ -113,12 +122,9 @@ def test_silent_reply_that_was_taken_for_abandoned_is_in_progress_again(
     app, ada, bot, gate, conversation_id, pause_storing, late_process
 ):
     bot.steps = ["One ", gate.wait]
-    _, reply = start_reply(ada, conversation_id)
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"])
+    reply = start_growing_reply(ada, conversation_id)
     pause = pause_storing()
-    wait_until(pause.waiting.is_set)
-    age_heartbeats(app, 31)
-    client = late_process()
+    client = take_for_dead(app, pause, late_process)
     assert get_status(client, conversation_id, reply["id"]) == "failed"
     pause.released.set()
     wait_until(lambda: get_status(client, conversation_id, reply["id"]) == "in_progress")
@@ -130,9 +136,7 @@ def test_stop_of_a_reply_that_was_taken_for_abandoned_stops_it(
     bot.steps = ["One ", *[lambda: gate.wait(0.05), ""] * 1200]
     pause = pause_storing()
     _, reply = start_reply(ada, conversation_id)
-    wait_until(pause.waiting.is_set)
-    age_heartbeats(app, 31)
-    client = late_process()
+    client = take_for_dead(app, pause, late_process)
     assert client.stop_reply(conversation_id, reply["id"]).json["status"] == "failed"
     pause.released.set()
     wait_until(lambda: get_status(client, conversation_id, reply["id"]) == "stopped")
@@ -143,12 +147,9 @@ def test_follower_of_a_reply_that_was_taken_for_abandoned_gets_the_rest(
     app, ada, bot, gate, conversation_id, pause_storing, late_process
 ):
     bot.steps = ["One ", gate.wait, "two"]
-    _, reply = start_reply(ada, conversation_id)
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"])
+    reply = start_growing_reply(ada, conversation_id)
     pause = pause_storing()
-    wait_until(pause.waiting.is_set)
-    age_heartbeats(app, 31)
-    client = late_process()
+    client = take_for_dead(app, pause, late_process)
     events = read_events(client.follow_reply(conversation_id, reply["id"]))
     assert events[-1][0] == "error"
     gate.set()
@@ -168,9 +169,7 @@ def test_retry_in_the_same_process_ends_the_attempt_that_was_taken_for_dead(
     pause = pause_storing()
     sender = create_other_client(ada)
     with run_in_background(lambda: sender.send_message(conversation_id, headers=KEY)) as [sending]:
-        wait_until(pause.waiting.is_set)
-        age_heartbeats(app, 31)
-        late_process().list_messages(conversation_id)
+        take_for_dead(app, pause, late_process).list_messages(conversation_id)
         bot.steps = ["New ", gates[1].wait, "end"]
         ada.send_message(conversation_id, headers={**KEY, **ASYNC})
         gates[0].set()
@@ -189,9 +188,7 @@ def test_sender_of_an_edit_that_was_taken_for_abandoned_gets_503(
     pause = pause_storing()
     editor = create_other_client(ada)
     with run_in_background(lambda: editor.edit_message(conversation_id, question["id"], "Edited")) as [editing]:
-        wait_until(pause.waiting.is_set)
-        age_heartbeats(app, 31)
-        assert late_process().list_messages(conversation_id) == [question, reply]
+        assert take_for_dead(app, pause, late_process).list_messages(conversation_id) == [question, reply]
         gate.set()
         wait_until(lambda: app.extensions["replies"].ended)
         pause.released.set()
@@ -217,9 +214,7 @@ def test_retry_takes_over_a_reply_whose_process_was_taken_for_dead(
     other_bot.steps = ["New ", gates[1].wait, "end"]
     sender = create_other_client(ada)
     with run_in_background(lambda: sender.send_message(conversation_id, headers=KEY)) as [sending]:
-        wait_until(pause.waiting.is_set)
-        age_heartbeats(app, 31)
-        client = late_process()
+        client = take_for_dead(app, pause, late_process)
         _, reply = client.send_message(conversation_id, headers={**KEY, **ASYNC}).json
         wait_until(lambda: client.get_message(conversation_id, reply["id"]).json["text"] == "New ")
         pause.released.set()
@@ -273,8 +268,7 @@ def test_read_succeeds_if_abandoned_replies_cannot_be_ended_now(
 ):
     monkeypatch.setattr("app.models.exchange.SWEEP_LOCK_TIMEOUT", 0)
     bot.steps = ["One ", gate.wait]
-    _, reply = start_reply(ada, conversation_id)
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"])
+    reply = start_growing_reply(ada, conversation_id)
     path = make_url(database).database
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
         age_heartbeats(app, 31)

@@ -16,6 +16,7 @@ from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncat
 from app.openai_bot import ModelConnection
 from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
 from config import ConfigError
+from tests.helpers.bots import collect
 from tests.helpers.model_server import (
     DONE,
     SILENCES,
@@ -65,17 +66,6 @@ def create_bot_for(url, **overrides):
     return create_bot(
         {"BOT_MODEL": "tiny", "OPENAI_BASE_URL": url, "BOT_TIMEOUT": TIMEOUT, **defaults, **overrides},
     )
-
-
-def collect(chunks):
-    """Return the text of a reply, and the exception that it ended with or None."""
-    text = ""
-    try:
-        for part in chunks:
-            text += part
-    except BotError as error:
-        return text, error
-    return text, None
 
 
 def ask(model, history=HISTORY, **overrides):

@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 from app import db
 from app.bot import BotError
 from app.database import MAX_ID, fold_case, format_timestamp
-from app.errors import error_message, to_http_exception
+from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
 from app.models.conversation import touch
 from app.models.exchange import Exchange
@@ -353,7 +353,7 @@ def stop_reply(conversation_id, message_id):
     reply = replies.get(exchange)
     replies.stop(exchange)
     db.session.close()  # holds no connection while another process stops
-    exhaust(reply.follow())
+    consume(reply.follow())
     return reply.to_list()[1]
 
 
@@ -384,11 +384,11 @@ def respond_with_reply(reply, status, is_new):
         replies.check_followers(current_user.id)
     if wants_stream():
         return stream_reply(reply, headers=headers)
-    exhaust(replies.follow(reply))
+    consume(replies.follow(reply))
     return reply.to_list(), status, headers
 
 
-def exhaust(updates):
+def consume(updates):
     """Wait until a reply is over and stored. Raises the bot's error if it failed before its first chunk."""
     for _ in updates:
         pass
@@ -420,6 +420,7 @@ def generate_events(reply, updates, offset):
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
         exchange = reply.to_list()
     except (BotError, HTTPException, SQLAlchemyError) as error:
+        log_error(error)
         yield format_event("error", {"error": error_message(to_http_exception(error))})
         return
     last_id = format_event_id(offset, attempt, is_last=True)

@@ -2,6 +2,7 @@
 
 import threading
 
+from app.bot import BotError
 from tests.helpers.server import TIMEOUT, parse_events
 
 STREAM = {"Accept": "text/event-stream"}
@@ -63,6 +64,17 @@ def read_events(response):
     """Return the server-sent events of a test client's response as (event, data, id), without comments."""
     assert response.mimetype == "text/event-stream", (response.status_code, response.text)
     return list(parse_events(line + b"\n" for line in response.data.split(b"\n")))
+
+
+def collect(chunks):
+    """Return the text of a reply, and the BotError that it ended with or None."""
+    text = ""
+    try:
+        for chunk in chunks:
+            text += chunk
+    except BotError as error:
+        return text, error
+    return text, None
 
 
 def join_deltas(events):

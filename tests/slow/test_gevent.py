@@ -209,16 +209,8 @@ def test_waiting_for_another_program_lets_other_greenlets_run(database):
 ASK_IN_GREENLETS = """
 import json, sys
 import gevent
-from app.bot import BotError, create_bot
-
-def collect(reply):
-    text = ""
-    try:
-        for chunk in reply:
-            text += chunk
-    except BotError as error:
-        return text, type(error).__name__
-    return text, None
+from app.bot import create_bot
+from tests.helpers.bots import collect
 
 def ask(config):
     reply = create_bot(config)([("user", "Hello")])
@@ -226,7 +218,8 @@ def ask(config):
     if config["CANCEL"]:
         gevent.sleep(0.3)
         reply.cancel()
-    return reader.get(timeout=60)
+    text, error = reader.get(timeout=60)
+    return text, error and type(error).__name__
 
 replies = [gevent.spawn(ask, config) for config in json.loads(sys.argv[1])]
 print(json.dumps([reply.get() for reply in replies]))

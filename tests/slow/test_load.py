@@ -212,7 +212,7 @@ def test_followers_that_read_nothing_do_not_slow_down_one_that_reads(serve):
         question, reply = ada.send_message(conversation_id, "/long 9999").json
         assert len(reply["text"]) == text_length
         events_path = f"{path}/{reply['id']}/events"
-        for _ in range(90):
+        for _ in range(100):
             connection = stack.enter_context(connect(server.port))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             connection.sendall(format_head(f"GET {events_path} HTTP/1.1", cookie=ada.cookie))
