@@ -221,10 +221,6 @@ def read_response(connection):
         return Response(response)
 
 
-class NoStream(AssertionError):
-    """A response that should have been a stream of events; the arguments are its status and its body."""
-
-
 class HttpClient:
     """A client with one keep-alive connection and a session cookie; with an SSL context it speaks https.
 
@@ -297,8 +293,7 @@ class HttpClient:
         """
         try:
             response = self.send_request(method, path, body, **{"Accept": "text/event-stream", **headers})
-            if response.headers.get_content_type() != "text/event-stream":
-                raise NoStream(response.status, response.read())
+            assert response.headers.get_content_type() == "text/event-stream", (response.status, response.read())
             yield from parse_events(response)
         finally:
             self.close()
