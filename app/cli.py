@@ -2,6 +2,7 @@
 
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import click
 import orjson
@@ -65,6 +66,8 @@ def create_conversation(name, texts, last_status="complete"):
         history.append(("bot", "".join(simulated_bot(history))))
     now = datetime.now(UTC)
     messages = [Message(sender=sender, text=text, created_at=now) for sender, text in history]
+    for parent, message in pairwise(messages):
+        message.parent = parent
     if messages:
         messages[-1].status = last_status
         messages[-1].heartbeat_at = database_now() if last_status == "in_progress" else None

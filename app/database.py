@@ -12,17 +12,14 @@ from threading import Thread
 
 from flask import has_request_context, request
 from flask_sqlalchemy.session import Session as FlaskSession
-from sqlalchemy import BigInteger, Boolean, DateTime, Integer, MetaData, Text, event, func, literal_column, select, text
+from sqlalchemy import BigInteger, Boolean, DateTime, Integer, MetaData, Text, event, func, literal_column, text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
-from sqlalchemy.sql.functions import FunctionElement, GenericFunction
+from sqlalchemy.sql.functions import FunctionElement
 
 MAX_ID = 2**63 - 1
-# A page ends before its texts exceed this size. JSON makes a text up to six times longer: a page has at most 4 MiB.
-MAX_PAGE_BYTES = 4 * 2**20 // 6
-ITEM_BYTES = 150 // 6  # the other fields of a message or a conversation take up to 150 bytes of JSON
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
 
@@ -59,11 +56,6 @@ class Base(DeclarativeBase):
         # SQLite generates 64-bit keys only for a column declared INTEGER.
         type_annotation_map={int: BigInteger().with_variant(Integer, "sqlite"), datetime: Timestamp},
     )
-
-    @classmethod
-    def exists(cls, connection, id):
-        """Return whether there is a row with this id."""
-        return connection.scalar(select(cls.id).where(cls.id == id)) is not None
 
 
 class Session(FlaskSession):
@@ -119,27 +111,6 @@ def compile_json_object_for_postgresql(element, compiler, **kw):
 def json_array(column):
     """Return the SQL expression of the text of a JSON array of a column of JSON texts, in the order of the rows."""
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
-
-
-class octet_length(GenericFunction):
-    """`octet_length(column)` is the length of a text in bytes, by PostgreSQL's function of this name."""
-
-    type = BigInteger()
-    inherit_cache = True
-
-
-@compiles(octet_length, "sqlite")
-def compile_octet_length_for_sqlite(element, compiler, **kw):
-    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
-
-
-def limit_size(query):
-    """Select the rows of a query of (id, size) with the highest ids: as many as MAX_PAGE_BYTES allows, at least one."""
-    rows = query.subquery()
-    total = func.sum(rows.c.size).over(order_by=rows.c.id.desc())
-    page = select(rows, total.label("total")).subquery()
-    is_first = page.c.total == page.c.size
-    return select(page.c.id, page.c.size).where(is_first | (page.c.total <= MAX_PAGE_BYTES))
 
 
 class iso8601(FunctionElement):

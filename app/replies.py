@@ -1,44 +1,38 @@
-"""Generating a reply in the background, following it and stopping it."""
+"""Generating a reply in the background, following it and stopping it.
+
+A reply does not belong to the request that asked for it. A thread for each reply runs the bot and appends its chunks;
+one thread for each process saves all replies as they grow, and stores how they ended. Requests follow a reply of their
+own process by a condition variable, and one of another process by looking at its row.
+"""
 
 import math
 import time
-from collections import Counter, deque
-from contextlib import contextmanager, suppress
-from copy import copy
+from collections import Counter
 from threading import Condition, Event, Lock, Thread
-from weakref import WeakValueDictionary
 
-from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import BadGateway, HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
-from app.database import autocommit, database_now, format_traceback
-from app.errors import DATABASE_UNAVAILABLE, RETRY_AFTER, database_unavailable, get_reason, to_http_exception
-from app.models.conversation import Conversation, touch_if_unlocked
-from app.models.exchange import fail_abandoned, read_states, save_heartbeats, save_replies
-from app.models.message import HEARTBEAT_TIMEOUT, Message
+from app.database import format_traceback
+from app.errors import (
+    RETRY_AFTER,
+    database_error_message,
+    database_unavailable,
+    error_message,
+    get_reason,
+    to_http_exception,
+)
+from app.models import exchange as exchanges
+from app.validation import is_blank
 
 MAX_REPLY_CHARS = 100_000
-MAX_FOLLOWERS = 100  # requests of a user that follow replies in this process; new sends count, but are not refused
-SAVE_INTERVAL = 1  # seconds between two saves of a growing reply
-POLL_INTERVAL = 0.5  # seconds between two looks at the database, for stop requests and for what other processes save
-LOCKED_INTERVAL = 0.05  # seconds between two attempts to store the end of a reply whose conversation is locked
+SAVE_INTERVAL = 1  # seconds between two saves of growing replies, and between two attempts to store an end
+POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
-MAX_ERRORS = 100  # of deleted replies that are kept for requests that have just read the replies
-LOCK_TIMEOUT = 10  # seconds that a request waits for the user's other requests to add to the same conversation
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
-
-
-class Interrupted(ServiceUnavailable):
-    """The server was stopped while the reply was generated."""
-
-    description = "The server was stopped"
-
-    def __init__(self):
-        super().__init__(retry_after=RETRY_AFTER)
 
 
 class Reply:
@@ -47,50 +41,79 @@ class Reply:
     def __init__(self, exchange, request_id):
         self.exchange = exchange
         self.id = exchange.reply["id"]
-        self.key = exchange.key
         self.request_id = request_id
-        self.status = "in_progress"
-        self.error = None  # the HTTPException that ended it
+        self.status = "in_progress"  # or "deleted", or a status of the message
+        self.error = None  # the HTTPException of a reply that failed
         self.is_stored = False  # its end is in the database
-        self.is_lost = False  # it was deleted, or another process took it over
-        self.is_failed_by_others = False  # who took this process for dead, see fail_abandoned()
         self.chunks = []
         self.length = 0
+        self.held = ""  # what cannot be told yet: blank text at the beginning, the first half of a pair of surrogates
         self.source = None  # the iterable that the bot returned
         self.changed = Condition()
         self.started_at = self.saved_at = time.monotonic()
         self.saved_length = 0
 
+    @property
+    def is_over(self):
+        """Return whether the reply takes no more text."""
+        return self.status != "in_progress"
+
     def append(self, chunk):
         """Add a chunk, as far as MAX_REPLY_CHARS allows; return False if the reply takes no more."""
+        text = self.hold(self.held + chunk)
+        added = text[: MAX_REPLY_CHARS - self.length]
         with self.changed:
-            if self.status != "in_progress":
+            if self.is_over:
                 return False
-            added = chunk[: MAX_REPLY_CHARS - self.length]
-            self.chunks.append(added)
-            self.length += len(added)
-            self.changed.notify_all()
-        return added == chunk
+            if added:
+                self.chunks.append(added)
+                self.length += len(added)
+                self.changed.notify_all()
+        return added == text and len(self.held) < MAX_REPLY_CHARS
+
+    def hold(self, text):
+        """Return the text that can be told now, and keep the rest for the next chunk."""
+        self.held = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        text = sanitize(text.removesuffix(self.held))
+        if self.length:
+            return text
+        if is_blank(text):
+            self.held = text + self.held
+            return ""
+        first_line = len(text) - len(text.lstrip())
+        return text[text.rfind("\n", 0, first_line) + 1 :]  # blank lines go, the indentation stays
 
     def end(self, status, error=None):
         """Set how the reply ended; return False if it has ended before."""
         with self.changed:
-            if self.status != "in_progress":
+            if self.is_over:
                 return False
-            self.status, self.error = status, error
+            self.status, self.error = status, error and to_http_exception(error)
             self.changed.notify_all()
         return True
 
-    def set_stored(self, is_lost):
-        """Tell the followers that the end of the reply is in the database, or that the reply no longer is."""
+    def is_to_be_saved(self, now):
+        """Return whether the reply is in progress and has grown, or had no heartbeat for HEARTBEAT_INTERVAL."""
+        has_grown = self.length > self.saved_length
+        return not self.is_over and (has_grown or now - self.saved_at > HEARTBEAT_INTERVAL)
+
+    def set_stored(self):
+        """Tell the followers that the end of the reply is in the database."""
         with self.changed:
-            self.is_stored, self.is_lost = True, is_lost
+            self.is_stored = True
             self.changed.notify_all()
+
+    def correct(self, row):
+        """Set how another process ended the reply, if it did: `row` is what is stored, None if that was deleted."""
+        text, status, sentence = (row.text, row.status, row.error) if row else ("", "deleted", None)
+        if (text, status) != (self.get_text(), self.status):
+            self.chunks, self.status = [text], status
+            self.error = sentence and ServiceUnavailable(sentence, retry_after=RETRY_AFTER)
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
 
-        Ends when the end of the reply is stored. Raises what wait_until_stored() does.
+        Ends when the end of the reply is stored. Raises ServiceUnavailable if that takes longer than STORE_TIMEOUT.
         """
         count, is_over = 0, False
         while not is_over:
@@ -102,140 +125,101 @@ class Reply:
                 yield text[skipped:]
             elif not text and not is_over:
                 yield None
-        self.wait_until_stored()
-        if not self.chunks and self.exchange.failed_text:  # that of the attempt before remains
-            yield self.exchange.failed_text[offset:]
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
+                raise database_unavailable()
 
     def wait_for_chunks(self, count):
         """Return the chunks after the first `count`, and whether there will be no more; wait for SILENCE_INTERVAL."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.chunks) > count or self.status != "in_progress", SILENCE_INTERVAL)
-            return self.chunks[count:], self.status != "in_progress"
-
-    def wait_until_stored(self):
-        """Wait until the end of the reply is stored. Raises the error of one that was lost, or that failed at once."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
-                raise database_unavailable()
-        if self.is_lost or self.failed_at_once():
-            raise copy_error(self.error)
-
-    def failed_at_once(self):
-        """Return whether the reply failed before its first chunk, so that its requests fail.
-
-        When the server is stopped, only an edit fails so: a new message stays, with an empty reply.
-        """
-        if self.status != "failed" or self.length or self.exchange.is_applied:
-            return False
-        return self.exchange.is_pending_edit or not isinstance(self.error, Interrupted)
+            self.changed.wait_for(lambda: len(self.chunks) > count or self.is_over, SILENCE_INTERVAL)
+            return self.chunks[count:], self.is_over
 
     def get_text(self):
-        """Return the text so far; a retry that has ended without a chunk has that of the failed reply."""
-        is_over = self.status != "in_progress"
-        return "".join(self.chunks) or (is_over and self.exchange.failed_text) or ""
+        """Return the text so far."""
+        return "".join(self.chunks)
 
-    def to_row(self, status):
-        """Return what save_replies() stores."""
-        return self.exchange.conversation_id, *self.key, self.get_text(), status
+    def get_end(self):
+        """Return the status and the error, as the sentence that clients get."""
+        return self.status, self.error and error_message(self.error)
 
     def to_list(self):
-        """Return the exchange as the API shows it."""
-        return exchange_to_list(self.exchange, self.get_text(), self.status)
+        """Return the exchange as the API shows it. Raises NotFound if it was deleted."""
+        if self.status == "deleted":
+            raise NotFound("Conversation not found")
+        return exchange_to_list(self.exchange, self.get_text(), *self.get_end())
+
+    def raise_error(self):
+        """Raise the error of a reply that failed without a text."""
+        if self.status == "failed" and not self.get_text():
+            raise self.error
 
 
 class StoredReply:
     """A reply that is over, or that another process generates."""
 
-    def __init__(self, exchange, error=None):
+    def __init__(self, exchange):
         self.exchange = exchange
-        self.error = error or BotError("the reply failed in another process")
-        self.engine = autocommit(db.engine)  # a stream is followed outside of the request
+        self.id = exchange.reply["id"]
 
-    def load(self, offset=0):
-        """Return a row: text from a character on, status, and whether the process that generated it was killed."""
-        is_abandoned = Message.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT)
-        columns = (
-            func.substr(Message.text, offset + 1).label("text"),
-            Message.status,
-            is_abandoned.label("is_abandoned"),
-        )
-        with self.engine.connect() as connection:
-            id, attempt = self.exchange.key
-            query = select(*columns).where(Message.id == id, Message.attempt == attempt)
-            if row := connection.execute(query).one_or_none():
-                return row
-            if not Conversation.exists(connection, self.exchange.conversation_id):
-                raise NotFound("Conversation not found")
-        if self.exchange.reply.get("status") in ("in_progress", "failed"):
-            raise copy_error(self.error)  # it has failed: it was discarded, or is retried
-        raise NotFound("Message not found")
+    def read(self):
+        """Return the row of the reply. Raises NotFound if it was deleted."""
+        rows = exchanges.read_replies([self.id])
+        if not rows:
+            raise NotFound("Conversation not found")
+        return rows[self.id]
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
 
-        Ends when the reply is over. Raises its error if it was deleted.
+        Ends when the reply is over. Raises NotFound if it was deleted.
         """
         silent_since = time.monotonic()
         while True:
-            row = self.load(offset)
-            if row.text or time.monotonic() - silent_since > SILENCE_INTERVAL:
-                yield row.text or None
-                offset, silent_since = offset + len(row.text), time.monotonic()
-            if row.status != "in_progress" or row.is_abandoned:
+            row = self.read()
+            if row.text[offset:] or time.monotonic() - silent_since > SILENCE_INTERVAL:
+                yield row.text[offset:] or None
+                offset, silent_since = max(offset, len(row.text)), time.monotonic()
+            if row.status != "in_progress":
                 return
             time.sleep(POLL_INTERVAL)
 
     def to_list(self):
-        """Return the exchange as the API shows it after follow(), to which a reply in progress has failed."""
-        row = self.load()
-        return exchange_to_list(self.exchange, row.text, "failed" if row.status == "in_progress" else row.status)
+        """Return the exchange as the API shows it."""
+        row = self.read()
+        return exchange_to_list(self.exchange, row.text, row.status, row.error)
+
+    def raise_error(self):
+        """Raise the error of a reply that failed without a text."""
+        row = self.read()
+        if row.status == "failed" and not row.text:
+            raise BadGateway(row.error)
 
 
-def copy_error(error):
-    """Return a copy of a reply's error, to raise or to keep: a raised one keeps its frames, which have the history.
-
-    A 500 takes the place of one that cannot be copied, because its class needs arguments.
-    """
-    with suppress(Exception):
-        return copy(error)
-    return InternalServerError()
+def exchange_to_list(exchange, text, status, error=None):
+    """Return an exchange as the API shows it, with what the reply has now."""
+    optional = {"status": None if status == "complete" else status, "error": error}
+    reply = {**exchange.reply, "text": text, **optional}
+    return [exchange.question, {name: value for name, value in reply.items() if value is not None}]
 
 
-def exchange_to_list(exchange, text, status):
-    """Return an exchange as the API shows it, with the text and the status that the reply has now."""
-    reply = {**exchange.reply, "text": text, "status": status}
-    if status == "complete":
-        del reply["status"]
-    return [exchange.question, reply]
+def sanitize(text):
+    """Return a text without what databases cannot store: NUL and lone surrogates. Pairs of these become a character."""
+    return text.replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 class ReplyManager:
-    """The replies that this process generates: a thread for each of them, and one that stores them all."""
+    """The replies that this process generates."""
 
     def __init__(self, app, bot):
         self.app = app
         self.bot = bot
-        self.replies = {}  # by key
-        self.counts = Counter()  # of replies in progress, by user
-        self.followers = Counter()  # by user
-        self.ended = deque()  # replies whose end is to be stored
-        self.errors = {}  # by key, of the last replies that were lost or failed at once: requests may have read them
-        self.delayed_ids = set()  # of replies that could not be stored at the last attempt
+        self.replies = {}  # by id, until their end is stored
+        self.counts = Counter()  # of these, by user
         self.lock = Lock()
-        self.conversation_locks = WeakValueDictionary()
         self.wakeup = Event()
-        self.is_storing = False
-        self.is_shutting_down = False
-        self.polled_at = self.saved_at = self.checked_at = -math.inf
-
-    def start_or_join(self, exchange, request_id):
-        """Return the reply of an exchange, which start() generates unless that was begun before; end the transaction.
-
-        Raises what start() does.
-        """
-        reply = self.start(exchange, request_id) if exchange.history else self.join(exchange)
-        db.session.close()  # holds no connection while the bot works
-        return reply
+        self.is_saving = self.is_delayed = self.is_shutting_down = False
+        self.growth_saved_at = self.checked_at = -math.inf
 
     def start(self, exchange, request_id):
         """Commit the session, which has added the exchange, and generate its reply in the background; return the reply.
@@ -244,38 +228,22 @@ class ReplyManager:
         """
         self.reserve(exchange.user_id)
         try:
+            history = exchange.read_history(self.app.config["BOT_HISTORY_CHARS"])
             db.session.commit()
         except BaseException:
-            self.release(self.counts, exchange.user_id)
+            self.release(exchange.user_id)
             raise
         reply = Reply(exchange, request_id)
-        if previous := self.replies.get((reply.id, exchange.attempt - 1)):  # was taken for dead
-            self.end(previous, "failed", database_unavailable())
         with self.lock:
-            self.replies[reply.key] = reply
-            if not self.is_storing:
-                self.is_storing = True
-                Thread(target=self.store_in_background, name="replies", daemon=True).start()
-        Thread(target=self.generate, args=[reply], name=f"reply-{reply.id}", daemon=True).start()
+            self.replies[reply.id] = reply
+            if not self.is_saving:
+                self.is_saving = True
+                Thread(target=self.save_in_background, name="replies", daemon=True).start()
+        Thread(target=self.generate, args=[reply, history], name=f"reply-{reply.id}", daemon=True).start()
         return reply
 
-    @contextmanager
-    def lock_conversation(self, user_id, conversation_id):
-        """Let one request of a user at a time add to a conversation: the others wait, without a database connection.
-
-        Raises ServiceUnavailable after LOCK_TIMEOUT.
-        """
-        with self.lock:
-            lock = self.conversation_locks.setdefault((user_id, conversation_id), Lock())
-        if not lock.acquire(timeout=LOCK_TIMEOUT):
-            raise ServiceUnavailable("The conversation is busy, try again later", retry_after=RETRY_AFTER)
-        try:
-            yield
-        finally:
-            lock.release()
-
     def reserve(self, user_id):
-        """Count one more reply of a user, or raise TooManyRequests."""
+        """Count one more reply of a user. Raises TooManyRequests, or ServiceUnavailable when the server is stopped."""
         with self.lock:
             if self.is_shutting_down:
                 raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
@@ -283,46 +251,23 @@ class ReplyManager:
                 raise TooManyRequests("Too many replies in progress, try again later", retry_after=RETRY_AFTER)
             self.counts[user_id] += 1
 
-    def release(self, counts, user_id):
-        """Count one of a user less."""
+    def release(self, user_id):
+        """Count one reply of a user less."""
         with self.lock:
-            counts[user_id] -= 1
-            if not counts[user_id]:
-                del counts[user_id]
-
-    def follow(self, reply, offset=0):
-        """Yield what the reply's follow() yields, and count the follower meanwhile."""
-        user_id = reply.exchange.user_id
-        with self.lock:
-            self.followers[user_id] += 1
-        try:
-            yield from reply.follow(offset)
-        finally:
-            self.release(self.followers, user_id)
-
-    def check_followers(self, user_id):
-        """Raise TooManyRequests if a user has MAX_FOLLOWERS, before another request follows a reply in progress."""
-        if self.followers[user_id] >= MAX_FOLLOWERS:
-            raise TooManyRequests("Too many requests follow replies, try again later", retry_after=RETRY_AFTER)
+            self.counts[user_id] -= 1
+            if not self.counts[user_id]:
+                del self.counts[user_id]
 
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
-        return self.replies.get(exchange.key) or StoredReply(exchange, self.errors.get(exchange.key))
-
-    def join(self, exchange):
-        """Return the reply of an exchange: one that is over as it was read, else as get() does."""
-        return self.get(exchange) if exchange.reply.get("status") == "in_progress" else StoredReply(exchange)
+        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
 
     def stop(self, exchange):
-        """Stop a reply in progress, or one whose process was taken for dead; that process stores it within a second."""
-        if reply := self.replies.get(exchange.key):
+        """Stop a reply if it is in progress."""
+        if reply := self.replies.get(exchange.reply["id"]):
             self.end(reply, "stopped")
-            return
-        id, attempt = exchange.key
-        may_grow = Message.status.in_(["in_progress", "failed"])  # the latter, if its process was taken for dead
-        is_reply = (Message.id == id) & (Message.attempt == attempt) & may_grow
-        db.session.execute(update(Message).where(is_reply).values(stop_requested=True))
-        db.session.commit()
+        else:
+            exchanges.stop_reply(exchange.reply["id"])
 
     def fail_abandoned(self):
         """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL.
@@ -332,7 +277,7 @@ class ReplyManager:
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
             try:
-                fail_abandoned({id for id, _ in list(self.replies)})
+                exchanges.fail_abandoned(set(self.replies))
             except SQLAlchemyError as error:
                 self.app.logger.warning("Abandoned replies cannot be ended now: %s", get_reason(error))
 
@@ -343,35 +288,26 @@ class ReplyManager:
         while self.replies and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
-            self.end(reply, "failed", Interrupted())
+            self.end(reply, "failed", ServiceUnavailable(exchanges.INTERRUPTED, retry_after=RETRY_AFTER))
         deadline = time.monotonic() + 2  # to store them
-        while self.is_storing and time.monotonic() < deadline:
-            self.wakeup.set()
+        while self.is_saving and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def generate(self, reply):
+    def generate(self, reply, history):
         """Run the bot, pass its chunks on to the reply, and end it."""
-        status, error = self.run_bot(reply)
-        self.call_source(reply, "close")
-        if not reply.length and not error:
-            error = BotError("the reply is empty")
-        self.end(reply, "failed" if error else status, error)
-
-    def run_bot(self, reply):
-        """Pass the bot's chunks on to the reply; return the status that it is to have, and the error if it failed."""
-        exchange = reply.exchange
+        exchange, status, error = reply.exchange, "complete", None
         try:
-            reply.source = self.bot(
-                exchange.history, user_id=exchange.user_id, conversation_id=exchange.conversation_id
-            )
-            for chunk in reply.source:
-                if not self.append(reply, chunk):
-                    return "truncated", None
+            reply.source = self.bot(history, user_id=exchange.user_id, conversation_id=exchange.conversation_id)
+            if not all(map(reply.append, reply.source)):
+                status = "truncated"
         except BotTruncated:
-            return "truncated", None
-        except BaseException as error:  # SystemExit, too, must not leave a reply in progress
-            return "failed", error
-        return "complete", None
+            status = "truncated"
+        except BaseException as exception:  # SystemExit, too, must not leave a reply in progress
+            status, error = "failed", exception
+        self.call_source(reply, "close")
+        if not (reply.length or error):
+            status, error = "failed", BotError("the reply is empty")
+        self.end(reply, status, error)
 
     def call_source(self, reply, name):
         """Call the method `close` or `cancel` of what the bot returned, if it has that."""
@@ -382,34 +318,12 @@ class ReplyManager:
             extra = {"request_id": reply.request_id}
             self.app.logger.error("The bot's %s() failed", name, exc_info=error, extra=extra)
 
-    def append(self, reply, chunk):
-        """Add a chunk to a reply; return False if the reply takes no more. The first chunk of an edit applies it."""
-        chunk = chunk.replace("\0", "").encode("utf-8", "ignore").decode()  # what databases cannot store
-        if not reply.length:
-            chunk = chunk.lstrip()
-        if not chunk or reply.status != "in_progress":
-            return reply.status == "in_progress"
-        if reply.exchange.is_pending_edit:
-            self.apply_edit(reply)
-        return reply.append(chunk)
-
-    def apply_edit(self, reply):
-        """Apply the edit that a reply belongs to, or end the reply if the edited message was deleted."""
-        with self.app.app_context():
-            if not reply.exchange.apply_edit():
-                self.end(reply, "failed", self.get_lost_error(reply))
-
     def end(self, reply, status, error=None):
         """End a reply and have that stored."""
-        if not reply.end(status, error):
-            return
-        if error:
-            reply.error = to_http_exception(error)
-        self.ended.append(reply)
-        self.wakeup.set()
-        if error:
+        if reply.end(status, error):
+            self.wakeup.set()
+            self.call_source(reply, "cancel")
             self.log_error(reply, error)
-        self.call_source(reply, "cancel")
 
     def log_error(self, reply, error):
         """Log why a reply has failed, with a traceback if it is a bug."""
@@ -418,126 +332,69 @@ class ReplyManager:
             self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, str(error), extra=extra)
         elif isinstance(error, SQLAlchemyError):
             self.app.logger.error("The reply failed: %s", format_traceback(error), extra=extra)
-        elif not isinstance(error, HTTPException):
+        elif error and not isinstance(error, HTTPException):
             self.app.logger.error("The reply failed", exc_info=error, extra=extra)
 
-    def store_in_background(self):
-        """Store the replies until there are none for POLL_INTERVAL."""
-        is_busy = True
-        while is_busy:
-            is_woken = self.wakeup.wait(LOCKED_INTERVAL if self.ended else POLL_INTERVAL)
+    def save_in_background(self):
+        """Save the replies of this process until there are none."""
+        while self.is_saving:
+            self.wakeup.wait(SAVE_INTERVAL)
             self.wakeup.clear()
             try:
                 with self.app.app_context():
-                    self.store()
-                self.delayed_ids.clear()
+                    self.save()
+                self.is_delayed = False
             except Exception as error:
                 self.log_delay(error)
-                time.sleep(POLL_INTERVAL)
+                time.sleep(SAVE_INTERVAL)
             with self.lock:
-                is_busy = self.is_storing = bool(self.replies) or (is_woken and not self.is_shutting_down)
+                self.is_saving = bool(self.replies)
 
     def log_delay(self, error):
-        """Log why replies cannot be stored now: once for each of them, with the id of its request."""
-        is_unavailable = isinstance(error, DATABASE_UNAVAILABLE)
-        reason = type(getattr(error, "orig", error)).__name__ if is_unavailable else format_traceback(error)
-        for reply in list(self.replies.values()):
-            if reply.id not in self.delayed_ids:
-                self.delayed_ids.add(reply.id)
-                extra = {"request_id": reply.request_id}
-                self.app.logger.error("The reply cannot be stored, trying again: %s", reason, extra=extra)
+        """Log why replies cannot be saved now, once until that succeeds."""
+        if not self.is_delayed:
+            self.is_delayed = True
+            reason = get_reason(error) if database_error_message(error) else format_traceback(error)
+            self.app.logger.error("Replies cannot be saved, trying again: %s", reason)
 
-    def store(self):
-        """Store the replies that have ended; at each POLL_INTERVAL, look after those in progress."""
-        self.store_ended()
-        if time.monotonic() - self.polled_at >= POLL_INTERVAL:
-            self.polled_at = time.monotonic()
+    def save(self):
+        """Store the replies that have ended; once in SAVE_INTERVAL, look after those in progress first."""
+        if time.monotonic() - self.growth_saved_at >= SAVE_INTERVAL:
+            self.growth_saved_at = time.monotonic()
             self.end_overdue()
-            self.save_growing()
-
-    def store_ended(self):
-        """Store how replies ended, most of them together in one transaction, and tell their followers.
-
-        Those of a conversation that a transaction has locked are left for the next time.
-        """
-        kept = []
-        for reply in list(self.ended):
-            exchange = reply.exchange
-            is_edit = exchange.replaces_id is not None and not reply.length
-            if (is_edit or reply.failed_at_once()) and touch_if_unlocked(db.session, {exchange.conversation_id}):
-                continue
-            if is_edit:
-                exchange.read_is_applied()
-            if reply.failed_at_once() and exchange.failed_text is None:
-                exchange.discard()
-                self.forget(reply, is_lost=True)
-                continue
-            if exchange.is_pending_edit:  # stopped before its first chunk
-                exchange.apply_edit()
-            kept.append(reply)
-        if kept:
-            locked_ids, lost_keys = save_replies([reply.to_row(reply.status) for reply in kept])
-            for reply in kept:
-                if reply.exchange.conversation_id not in locked_ids:
-                    self.forget(reply, is_lost=reply.key in lost_keys)
-
-    def forget(self, reply, is_lost):
-        """Tell the followers of a reply that its end is in the database, and forget the reply."""
-        if is_lost and not reply.error:
-            reply.error = self.get_lost_error(reply)
-        if is_lost or reply.failed_at_once():
-            self.keep_error(reply)
-        self.ended.remove(reply)
-        del self.replies[reply.key]
-        self.release(self.counts, reply.exchange.user_id)
-        reply.set_stored(is_lost)
-
-    def get_lost_error(self, reply):
-        """Return the error of a reply that was deleted, or that another process took over."""
-        with autocommit(db.engine).connect() as connection:
-            if not Conversation.exists(connection, reply.exchange.conversation_id):
-                return NotFound("Conversation not found")
-            if not Message.exists(connection, reply.exchange.question["id"]):
-                return NotFound("Message not found")
-        return database_unavailable()  # it was, or the process of this reply was paused
-
-    def keep_error(self, reply):
-        """Keep the error of a reply that was lost or failed at once, but of the last MAX_ERRORS only."""
-        self.errors[reply.key] = copy_error(reply.error)
-        if len(self.errors) > MAX_ERRORS:
-            del self.errors[next(iter(self.errors))]
+            self.save_growth()
+        if ended := [reply for reply in list(self.replies.values()) if reply.is_over]:
+            self.store_ended(ended)
 
     def end_overdue(self):
-        """End the replies that were lost, that a user stops from another process, and that take too long."""
-        replies = list(self.replies.values())  # before the query: one that starts after it must not look deleted
-        states = read_states([reply.id for reply in replies]) if replies else {}
+        """End the replies that take too long, and those that another process has ended or deleted."""
+        max_seconds = self.app.config["BOT_MAX_SECONDS"]
+        replies = list(self.replies.values())
+        ids = exchanges.list_in_progress([reply.id for reply in replies])
         for reply in replies:
-            state = states.get(reply.key)
-            reply.is_failed_by_others = state is not None and state.status == "failed"
-            if state is None:
-                self.end(reply, "failed", self.get_lost_error(reply))
-            elif state.stop_requested:
+            if reply.id not in ids:
                 self.end(reply, "stopped")
-            elif time.monotonic() - reply.started_at > self.app.config["BOT_MAX_SECONDS"]:
-                overdue = BotTimeout(f"no end after {self.app.config['BOT_MAX_SECONDS']} s")
+            elif time.monotonic() - reply.started_at > max_seconds:
+                overdue = BotTimeout(f"no end after {max_seconds} s")
                 self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
 
-    def save_growing(self):
-        """Save the text of replies in progress once in SAVE_INTERVAL, and their heartbeats."""
+    def save_growth(self):
+        """Save the replies that have grown, and at times those that have not, as a sign of life."""
         now = time.monotonic()
-        if now - self.saved_at < SAVE_INTERVAL:
-            return
-        self.saved_at = now
-        in_progress = [reply for reply in list(self.replies.values()) if reply.status == "in_progress"]
-        changed = [reply for reply in in_progress if reply.length > reply.saved_length or reply.is_failed_by_others]
-        if changed:
-            lengths = [reply.length for reply in changed]
-            locked_ids, _ = save_replies([reply.to_row("in_progress") for reply in changed])
-            for reply, length in zip(changed, lengths, strict=True):
-                if reply.exchange.conversation_id not in locked_ids:
-                    reply.saved_length, reply.saved_at = length, now
-        silent = [reply for reply in in_progress if now - reply.saved_at > HEARTBEAT_INTERVAL]
-        if silent:
-            save_heartbeats([reply.id for reply in silent])
-            for reply in silent:
-                reply.saved_at = now
+        texts = {reply: reply.get_text() for reply in list(self.replies.values()) if reply.is_to_be_saved(now)}
+        if texts:
+            exchanges.save_growth({reply.id: text for reply, text in texts.items()})
+        for reply, text in texts.items():
+            reply.saved_length, reply.saved_at = len(text), now
+
+    def store_ended(self, replies):
+        """Store how replies ended, and tell their followers. What another process has stored before stays."""
+        rows = [(reply.id, reply.get_text(), *reply.get_end()) for reply in replies]
+        if not exchanges.save_ends(rows):
+            stored = exchanges.read_replies([reply.id for reply in replies])
+            for reply in replies:
+                reply.correct(stored.get(reply.id))
+        for reply in replies:
+            del self.replies[reply.id]
+            self.release(reply.exchange.user_id)
+            reply.set_stored()

@@ -52,12 +52,7 @@ def format_event(name, data, id=None):
     return b"%bevent: %b\ndata: %b\n\n" % (id_line, name.encode(), orjson.dumps(data))
 
 
-def format_event_id(length, attempt, is_last=False):
-    """Return the id of an event: the number of characters so far, the attempt unless it is the first, and "end"."""
-    return f"{length}{f' attempt {attempt}' if attempt > 1 else ''}{' end' if is_last else ''}"
-
-
-def event_stream(events, headers):
+def event_stream(events):
     """Return a response of server-sent events, which proxies neither cache nor buffer."""
-    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store", **headers}
+    headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
     return current_app.response_class(events, mimetype="text/event-stream", headers=headers)

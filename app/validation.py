@@ -38,6 +38,22 @@ def get_string(name, max_length, min_length=1):
     return value
 
 
+def get_bool(name):
+    """Return a boolean of the body; abort with 400 if it is missing or invalid."""
+    value = get_json().get(name)
+    if not isinstance(value, bool):
+        abort(400, f"{name} must be true or false")
+    return value
+
+
+def get_int(name):
+    """Return an id in the body; abort with 400 if it is missing or invalid."""
+    value = get_json().get(name)
+    if type(value) is not int or not 1 <= value <= MAX_ID:
+        abort(400, f"{name} must be an integer from 1 to {MAX_ID}")
+    return value
+
+
 def get_str_arg(name, max_length):
     """Return a parameter of the query string, or None if it is missing or empty; abort with 400 if it is invalid."""
     value = request.args.get(name)
@@ -82,14 +98,14 @@ def get_idempotency_key():
     return key
 
 
-def get_last_event_id(attempt):
+def get_last_event_id(reply_id):
     """Return the Last-Event-ID of a resumed stream as (number of characters received, whether the end was received).
 
-    (None, False) without that header, or if it belongs to another attempt at the reply, see format_event_id().
+    (None, False) without that header, or if it belongs to another reply.
     """
-    match = re.fullmatch(r"([0-9]{1,9})(?: attempt ([0-9]{1,9}))?( end)?", request.headers.get("Last-Event-ID", ""))
-    if match and int(match[2] or 1) == attempt:
-        return int(match[1]), bool(match[3])
+    match = re.fullmatch(r"([0-9]{1,19}) ([0-9]{1,9})( end)?", request.headers.get("Last-Event-ID", ""))
+    if match and int(match[1]) == reply_id:
+        return int(match[2]), bool(match[3])
     return None, False
 
 

@@ -5,31 +5,27 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, islice
 
-from flask import Blueprint, abort, current_app, g, request, stream_with_context
+import orjson
+from flask import Blueprint, abort, current_app, g, make_response, request, stream_with_context
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
 from app import db
-from app.bot import BotError
-from app.database import MAX_ID, fold_case, format_timestamp
+from app.database import MAX_ID, format_timestamp
 from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
-from app.models.conversation import touch
 from app.models.exchange import Exchange
-from app.responses import (
-    conditional_response,
-    event_stream,
-    format_event,
-    format_event_id,
-    hash_version,
-    is_not_modified,
-)
+from app.replies import exchange_to_list
+from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
 from app.threads import run_long_query
 from app.validation import (
+    get_bool,
     get_idempotency_key,
+    get_int,
     get_int_arg,
+    get_json,
     get_last_event_id,
     get_str_arg,
     get_string,
@@ -41,7 +37,7 @@ MAX_NAME_LENGTH = 255
 MAX_TEXT_LENGTH = 100_000
 MAX_PAGE_SIZE = 100
 DEFAULT_PAGE_SIZE = 50
-LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor")
+LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor", "archived")
 MAX_MESSAGES_PER_CONVERSATION = 1000  # in a list of conversations that says how many
 
 bp = Blueprint("chat", __name__)
@@ -57,12 +53,39 @@ def fail_abandoned_replies():
 @login_required
 def list_conversations():
     """List the conversations of the current user with their messages."""
-    filters = get_list_args()
-    list_func = partial(list_page if "limit" in filters else list_all, filters)
-    return read_long(list_func, "search") if "folded" in filters else list_func()
+    filters, messages = get_list_filters(), get_messages_arg()
+    limit = filters["limit"]
+    if limit:
+        filters["limit"] = limit + 1  # one more tells whether there is a next page
+        messages = MAX_MESSAGES_PER_CONVERSATION if messages is None else messages
+    rows, etag = read_conversations(Conversation.select_list(**filters), messages, is_search=filters["q"])
+    page = rows[:limit]
+    next_page = get_next_page(page[-1], filters["order"]) if len(rows) > len(page) else None
+    has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
+    return conditional_response([conversation_to_dict(row, has_details) for row in page], etag, next_page)
 
 
-def read_long(func, purpose):
+def read_conversations(query, messages, is_search=False):
+    """Return (rows of a query of conversations, ETag): without rows if the client has them.
+
+    Each row has its newest messages, at most `messages` or all (None), as `messages_json`.
+    """
+    is_long = is_search or messages != 0
+    if request.if_none_match:  # else this would take a tenth of the time
+        etag = get_etag(read_rows(query, is_long=is_search))
+        if is_not_modified(etag):
+            return [], etag
+    rows = read_rows(Conversation.add_messages(query, messages), is_long)
+    return rows, get_etag(rows)
+
+
+def read_rows(query, is_long):
+    """Return the rows of a query of the current user's conversations."""
+    execute = partial(db.session.execute, query, {"user_id": current_user.id})
+    return read_long(lambda: execute().all()) if is_long else execute().all()
+
+
+def read_long(func):
     """Return what a function that reads many messages returns, see run_long_query().
 
     SQLite would stop the event loop meanwhile.
@@ -72,80 +95,38 @@ def read_long(func, purpose):
         db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
     else:
         db.session.close()  # holds no connection while other long queries run
-    return run_long_query(func, user_id, purpose, in_thread=is_sqlite)
+    return run_long_query(func, user_id, "list", in_thread=is_sqlite)
 
 
-def list_all(filters):
-    """Return all conversations."""
-    if request.if_none_match:  # else this would take a tenth of the time
-        etag = get_etag(Conversation.list_versions(current_user.id, **filters))
-        if is_not_modified(etag):
-            return conditional_response(None, etag)
-    rows = list_with_messages(filters)
-    has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
-    return conditional_response([conversation_to_dict(row, has_details) for row in rows], get_etag(rows))
-
-
-def list_with_messages(filters):
-    """Return the rows of Conversation.list_for_user(), read as a long query if they are not as short as a page."""
-    list_func = partial(Conversation.list_for_user, current_user.id, **filters)
-    if "folded" in filters or filters.get("messages") == 0:  # part of a long query, or short
-        return list_func()
-    rows = list_func(if_short=True)
-    is_long = rows and rows[0].messages_json is None  # the condition is the same for all rows
-    return read_long(list_func, "list") if is_long else rows
-
-
-def list_page(filters):
-    """Return a page of conversations, each with its newest messages."""
-    limit = filters["limit"]
-    filters = {"messages": MAX_MESSAGES_PER_CONVERSATION, **filters, "limit": limit + 1}
-    versions = Conversation.list_versions(current_user.id, **filters)
-    etag = get_etag(versions)
-    if is_not_modified(etag):
-        return conditional_response(None, etag)
-    if filters.pop("folded", None):  # the search is not repeated
-        filters["ids"] = [row.id for row in versions]
-    if count := Conversation.count_fitting(current_user.id, **filters):
-        filters.update(limit=min(limit, count), fits=True)  # a list of which nothing is cut takes half of the time
-    else:
-        filters["limit"] = 1
-    rows = Conversation.list_for_user(current_user.id, **filters)
-    has_next_page = len(versions) > filters["limit"]
-    next_page = get_next_page(rows[-1], "recent" in filters) if rows and has_next_page else None
-    return conditional_response([conversation_to_dict(row, has_details=True) for row in rows], etag, next_page)
-
-
-def get_list_args():
-    """Return the filters of Conversation.select_for_user() from the query string, or abort with 400."""
-    limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
+def get_list_filters():
+    """Return the arguments of Conversation.select_list() from the query string, or abort with 400."""
+    limit, before, cursor = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before"), get_cursor()
     order, q = get_str_arg("order", MAX_NAME_LENGTH), get_str_arg("q", MAX_NAME_LENGTH)
-    last_updated_at, last_id = get_cursor()
+    archived = get_str_arg("archived", MAX_NAME_LENGTH)
     if order not in (None, "recent"):
         abort(400, "order must be recent")
+    if archived not in (None, "true", "false"):
+        abort(400, "archived must be true or false")
     if before and not limit:
         abort(400, "before requires limit")
     if before and order:
         abort(400, "order=recent requires cursor instead of before")
-    if last_id is not None and not (limit and order):
+    if cursor and not (limit and order):
         abort(400, "cursor requires limit and order=recent")
-    filters = {
-        "messages": get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION),
-        "folded": q and fold_case(q),
-        "limit": limit,
-        "before": before,
-        "recent": order,
-        "last_updated_at": last_updated_at,
-        "last_id": last_id,
-    }
-    return {name: value for name, value in filters.items() if value is not None}
+    archived = archived and archived == "true"
+    return {"q": q, "archived": archived, "before": before, "cursor": cursor, "order": order, "limit": limit}
+
+
+def get_messages_arg():
+    """Return how many messages of a conversation are asked for, or None; abort with 400 if that is invalid."""
+    return get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION)
 
 
 def get_cursor():
-    """Return (updated_at, id) of the query string's cursor, or (None, None); abort with 400 if it is invalid."""
+    """Return (updated_at, id) of the query string's cursor, or None; abort with 400 if it is invalid."""
     cursor = get_str_arg("cursor", MAX_NAME_LENGTH)
     if cursor is None:
-        return None, None
+        return None
     try:
         updated_at, id = urlsafe_b64decode(cursor).decode().split()
         return datetime.fromisoformat(updated_at).astimezone(UTC), min(abs(int(id)), MAX_ID)
@@ -153,26 +134,32 @@ def get_cursor():
         abort(400, "cursor must come from a Link header")
 
 
-def get_next_page(last, is_recent):
+def get_next_page(last, order):
     """Return the query parameters of the page after the one that a conversation is the last of."""
-    if not is_recent:
+    if not order:
         return {"before": last.id}
     return {"cursor": urlsafe_b64encode(f"{last.updated_at.isoformat()} {last.id}".encode()).decode()}
 
 
 def get_etag(rows):
     """Return the ETag of conversations and their messages: a hash of all columns but `messages_json`."""
-    column_count = len(Conversation.__table__.columns)
+    column_count = len(Conversation.select_for_user().selected_columns)
     return hash_version([row[:column_count] for row in rows])
 
 
-def conversation_to_dict(row, has_details):
-    """Return a row of Conversation.list_for_user() as the API shows it."""
-    conversation = Conversation.to_dict(row)
-    if has_details:
-        conversation["created_at"] = format_timestamp(row.created_at)
-        conversation["updated_at"] = format_timestamp(row.updated_at)
-    return {**conversation, "messages": Fragment(row.messages_json)}
+def conversation_to_dict(row, has_details=True):
+    """Return a row of read_conversations() as the API shows it."""
+    details = get_details(row) if has_details else {}
+    return {**Conversation.to_dict(row), **details, "messages": Fragment(row.messages_json)}
+
+
+def get_details(conversation):
+    """Return what the API shows of a conversation where a client has asked for more than what is documented."""
+    return {
+        "archived": conversation.archived_at is not None,
+        "created_at": format_timestamp(conversation.created_at),
+        "updated_at": format_timestamp(conversation.updated_at),
+    }
 
 
 @bp.post("/api/conversations")
@@ -192,26 +179,34 @@ def create_conversation():
 @login_required
 def get_conversation(conversation_id):
     """Return a conversation with its messages."""
-    messages = get_int_arg("messages", minimum=0, maximum=MAX_MESSAGES_PER_CONVERSATION)
-    etag = get_conversation_etag(conversation_id)
-    if is_not_modified(etag):
-        return conditional_response(None, etag)
-    filters = {"id": conversation_id}
-    if messages is not None:
-        filters["messages"] = messages
-    rows = list_with_messages(filters)
-    if not rows:  # it was deleted just now
+    rows, etag = read_conversations(select_conversation(conversation_id), get_messages_arg())
+    if etag == get_etag([]):
         abort(404, "Conversation not found")
-    return conditional_response(conversation_to_dict(rows[0], has_details=True), etag)
+    return conditional_response(rows and conversation_with_versions(rows[0]), etag)
 
 
-def get_conversation_etag(conversation_id):
-    """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
-    rows = Conversation.list_versions(current_user.id, id=conversation_id)
-    return get_etag(rows) if rows else abort(404, "Conversation not found")
+def select_conversation(conversation_id):
+    """Select a conversation as Conversation.select_list() does."""
+    return Conversation.select_list().where(Conversation.id == conversation_id)
 
 
-@bp.route("/api/conversations/<id:conversation_id>", methods=["PUT", "PATCH"])
+def conversation_with_versions(row):
+    """Return a row of read_conversations() as the API shows it, with the versions of messages if these are asked for."""
+    return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id)}
+
+
+def add_versions(messages_json, conversation_id):
+    """Return the messages of a JSON array; with `versions=1`, those that have several versions with the ids of all."""
+    if not get_int_arg("versions", minimum=0, maximum=1):
+        return Fragment(messages_json)
+    versions, messages = Message.map_versions(conversation_id), orjson.loads(messages_json)
+    return [
+        {**message, "versions": versions[message["id"]]} if message["id"] in versions else message
+        for message in messages
+    ]
+
+
+@bp.put("/api/conversations/<id:conversation_id>")
 @login_required
 def rename_conversation(conversation_id):
     """Rename a conversation."""
@@ -219,6 +214,21 @@ def rename_conversation(conversation_id):
     conversation.name = get_string("name", MAX_NAME_LENGTH)
     db.session.commit()
     return conversation.to_dict()
+
+
+@bp.patch("/api/conversations/<id:conversation_id>")
+@login_required
+def change_conversation(conversation_id):
+    """Rename a conversation, archive it, or bring it back."""
+    conversation, fields = get_conversation_or_404(conversation_id), get_json()
+    if not fields.keys() & {"name", "archived"}:
+        abort(400, "name or archived is required")
+    if "name" in fields:
+        conversation.name = get_string("name", MAX_NAME_LENGTH)
+    if "archived" in fields:
+        conversation.archived_at = (conversation.archived_at or datetime.now(UTC)) if get_bool("archived") else None
+    db.session.commit()
+    return {**conversation.to_dict(), **get_details(conversation)}
 
 
 @bp.delete("/api/conversations/<id:conversation_id>")
@@ -235,6 +245,19 @@ def get_conversation_or_404(conversation_id):
     return Conversation.get_for_user(conversation_id, current_user.id) or abort(404, "Conversation not found")
 
 
+@bp.put("/api/conversations/<id:conversation_id>/current")
+@login_required
+def show_branch(conversation_id):
+    """Show the branch of a message: of several versions, this one and what followed it."""
+    message_id = get_int("message_id")
+    touch_conversation_or_404(conversation_id)
+    message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
+    Message.show_branch(conversation_id, message.id)
+    db.session.commit()
+    rows = read_rows(Conversation.add_messages(select_conversation(conversation_id)), is_long=True)
+    return conversation_with_versions(rows[0]) if rows else abort(404, "Conversation not found")
+
+
 @bp.get("/api/messages")
 @login_required
 def search_messages():
@@ -242,7 +265,7 @@ def search_messages():
     q = get_str_arg("q", MAX_NAME_LENGTH) or abort(400, "q is required")
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
     before, user_id = get_int_arg("before"), current_user.id
-    rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before), "search")
+    rows = read_long(lambda: Conversation.search_messages(user_id, q, limit + 1, before))
     results = [search_result_to_dict(message, name, q) for message, name in rows[:limit]]
     next_page = {"before": results[-1]["id"]} if len(rows) > limit else None
     return conditional_response(results, hash_version([results, next_page]), next_page)
@@ -265,58 +288,17 @@ def list_messages(conversation_id):
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
         return conditional_response(None, etag)
-    rows = db.session.execute(Message.select_page(conversation_id, limit, before)).all()
-    next_page = None
-    if rows:
-        older = Message.select_ids(conversation_id, before=rows[0].id).order_by(Message.id.desc())
-        next_page = db.session.scalar(older.limit(1)) and {"before": rows[0].id}
-    return conditional_response([Fragment(row.json) for row in rows], etag, next_page)
+    rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
+    page = rows[-limit:]
+    next_page = {"before": page[0].id} if len(rows) > limit else None
+    messages_json = f"[{','.join(row.json for row in page)}]"
+    return conditional_response(add_versions(messages_json, conversation_id), etag, next_page)
 
 
-@bp.post("/api/conversations/<id:conversation_id>/messages")
-@login_required
-def send_message(conversation_id):
-    """Send a message and return it with the bot's reply, see respond_with_reply()."""
-    text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    replies = current_app.extensions["replies"]
-    with replies.lock_conversation(current_user.id, conversation_id):
-        exchange = Exchange.add(conversation_id, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], key)
-        if exchange is None:
-            abort(404, "Conversation not found")
-        if exchange.is_other_text:
-            abort(409, "Idempotency-Key was used for another text in this conversation")
-        reply = replies.start_or_join(exchange, g.request_id)
-    return respond_with_reply(reply, 201, is_new=exchange.history is not None)
-
-
-@bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
-@login_required
-def edit_message(conversation_id, message_id):
-    """Edit a message of the user, drop what follows it, and return it with the bot's new reply."""
-    text = get_string("text", MAX_TEXT_LENGTH)
-    replies = current_app.extensions["replies"]
-    with replies.lock_conversation(current_user.id, conversation_id):
-        exchange = get_edited_exchange(conversation_id, message_id, text)
-        reply = replies.start_or_join(exchange, g.request_id)
-    return respond_with_reply(reply, 200, is_new=exchange.history is not None)
-
-
-def get_edited_exchange(conversation_id, message_id, text):
-    """Return the exchange that edits a message, or that does so already with this text; abort with 404 or 409."""
-    if not touch(conversation_id, current_user.id):
-        abort(404, "Conversation not found")
-    message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
-    if message.sender == "bot":
-        abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
-    exchange = Exchange.get(current_user.id, message)
-    if exchange and exchange.reply.get("status") == "in_progress":
-        if exchange.question["text"] != text:
-            abort(409, "The reply to this message is in progress: stop it first")
-        return exchange
-    if Message.get_pending_edit(conversation_id, "user"):
-        abort(409, "Another message of this conversation is being edited")
-    attempt = exchange.attempt + 1 if exchange else 1
-    return Exchange.edit(message, current_user.id, text, current_app.config["BOT_HISTORY_CHARS"], attempt)
+def get_conversation_etag(conversation_id):
+    """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
+    rows = read_rows(select_conversation(conversation_id), is_long=False)
+    return get_etag(rows) if rows else abort(404, "Conversation not found")
 
 
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -328,20 +310,80 @@ def get_message(conversation_id, message_id):
     return conditional_response(message.to_dict(), etag)
 
 
+@bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>/versions")
+@login_required
+def list_versions(conversation_id, message_id):
+    """List the versions of a message, oldest first."""
+    etag = get_conversation_etag(conversation_id)
+    versions = get_message_or_404(conversation_id, message_id).list_versions()
+    return conditional_response([message.to_dict() for message in versions], etag)
+
+
+@bp.post("/api/conversations/<id:conversation_id>/messages")
+@login_required
+def send_message(conversation_id):
+    """Send a message and return it with the bot's reply."""
+    text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
+    touch_conversation_or_404(conversation_id)
+    exchange = get_repeated_exchange(conversation_id, text, key)
+    return respond_with_reply(exchange or Exchange.add(conversation_id, current_user.id, text, key), 201)
+
+
+@bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
+@login_required
+def edit_message(conversation_id, message_id):
+    """Add another version of a message of the user, or of its reply, and return both."""
+    text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
+    touch_conversation_or_404(conversation_id)
+    message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
+    if message.sender == "bot":
+        abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
+    exchange = get_repeated_exchange(conversation_id, text, key) or get_exchange_in_progress(message, text)
+    return respond_with_reply(exchange or Exchange.edit(message, current_user.id, text, key), 200)
+
+
+def touch_conversation_or_404(conversation_id):
+    """Lock the current user's conversation to change its messages; abort with 404 if it is missing or another's."""
+    if not Conversation.touch(conversation_id, current_user.id):
+        abort(404, "Conversation not found")
+
+
+def get_repeated_exchange(conversation_id, text, key):
+    """Return the exchange that was sent with an idempotency key before, or None; abort with 409 for another text.
+
+    If its reply has failed and nothing came after it, it gets another one.
+    """
+    question = key and Message.get_by_key(conversation_id, key)
+    if not question:
+        return None
+    if question.text != text:
+        abort(409, "Idempotency-Key was used for another text in this conversation")
+    exchange = Exchange.get(current_user.id, question)
+    if exchange.reply.get("status") == "failed" and exchange.is_last():
+        return Exchange.edit(question, current_user.id, text)
+    return exchange
+
+
+def get_exchange_in_progress(message, text):
+    """Return the exchange of a message if its reply is in progress, or None; abort with 409 for another text."""
+    exchange = Exchange.get(current_user.id, message)
+    if not (exchange and exchange.is_in_progress):
+        return None
+    if message.text != text:
+        abort(409, "The reply to this message is in progress: stop it first")
+    return exchange
+
+
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>/events")
 @login_required
 def follow_reply(conversation_id, message_id):
     """Return a reply as server-sent events, from the beginning or from Last-Event-ID."""
     exchange = get_exchange_or_404(conversation_id, message_id)
-    offset, is_over = get_last_event_id(exchange.attempt)
-    is_in_progress = exchange.reply.get("status") == "in_progress"
-    # A reply whose process was taken for dead may have grown after its end.
-    if is_over and not is_in_progress and offset >= len(exchange.reply["text"]):
+    offset, is_over = get_last_event_id(exchange.reply["id"])
+    if is_over:
         return "", 204
-    replies = current_app.extensions["replies"]
-    if is_in_progress:
-        replies.check_followers(current_user.id)
-    return stream_reply(replies.get(exchange), offset)
+    reply = current_app.extensions["replies"].get(exchange)
+    return stream_reply(reply, reply.follow(offset or 0), offset)
 
 
 @bp.post("/api/conversations/<id:conversation_id>/messages/<id:message_id>/stop")
@@ -352,8 +394,8 @@ def stop_reply(conversation_id, message_id):
     replies = current_app.extensions["replies"]
     reply = replies.get(exchange)
     replies.stop(exchange)
-    db.session.close()  # holds no connection while another process stops
-    consume(reply.follow())
+    db.session.close()  # holds no connection while the end is stored
+    wait_for(reply)
     return reply.to_list()[1]
 
 
@@ -369,62 +411,70 @@ def get_exchange_or_404(conversation_id, message_id):
     return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
 
 
-def respond_with_reply(reply, status, is_new):
+def respond_with_reply(exchange, status):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
-    The reply is generated in the background, whatever becomes of this request, which has begun it if `is_new`.
+    The reply is generated in the background, whatever becomes of this request. If it fails without a text, that is the
+    error of this request, unless it has been over before.
     """
     replies = current_app.extensions["replies"]
-    exchange = reply.exchange
-    is_over = exchange.reply.get("status") != "in_progress"
-    headers = {"Idempotent-Replayed": "true"} if is_over else {}
-    if prefers_async() and not is_over:
+    reply = replies.start(exchange, g.request_id) if exchange.is_new else replies.get(exchange)
+    db.session.close()  # holds no connection while the bot works
+    if not exchange.is_in_progress:
+        response = stream_reply(reply, reply.follow()) if wants_stream() else make_response(reply.to_list(), status)
+        response.headers["Idempotent-Replayed"] = "true"
+        return response
+    if prefers_async():
         return [exchange.question, exchange.reply], 202, {"Preference-Applied": "respond-async"}
-    if not (is_over or is_new):
-        replies.check_followers(current_user.id)
     if wants_stream():
-        return stream_reply(reply, headers=headers)
-    consume(replies.follow(reply))
-    return reply.to_list(), status, headers
+        return stream_reply(reply, wait_for_first(reply))
+    wait_for(reply)
+    reply.raise_error()
+    return reply.to_list(), status
 
 
-def consume(updates):
-    """Wait until a reply is over and stored. Raises the bot's error if it failed before its first chunk."""
-    for _ in updates:
+def wait_for(reply):
+    """Wait until a reply is over and stored."""
+    for _ in reply.follow():
         pass
 
 
-def stream_reply(reply, offset=None, headers=()):
-    """Return a reply as server-sent events; with an offset, only the text from that character on.
+def wait_for_first(reply):
+    """Return what the reply's follow() yields, as soon as that begins; raise the error if it failed without a text.
 
-    The head waits for the first chunk, but not longer than SILENCE_INTERVAL, so that an early failure has a status.
+    So the status of the response tells of an early failure.
     """
-    db.session.close()  # holds no connection while the bot works
-    updates = current_app.extensions["replies"].follow(reply, offset or 0)
+    updates = reply.follow()
     first = list(islice(updates, 1))
-    events = generate_events(reply, chain(first, updates), offset)
-    return event_stream(stream_with_context(events), dict(headers))
+    if not first:
+        reply.raise_error()
+    return chain(first, updates)
+
+
+def stream_reply(reply, updates, offset=None):
+    """Return a reply as server-sent events; with an offset, only the text from that character on."""
+    db.session.close()  # holds no connection while the bot works
+    events = generate_events(reply, updates, offset)
+    return event_stream(stream_with_context(events))
 
 
 def generate_events(reply, updates, offset):
     """Yield the events of a reply. The id of the last one says that nothing follows."""
-    attempt = reply.exchange.attempt
     if offset is None:
         offset = 0
-        start = {**reply.exchange.reply, "text": "", "status": "in_progress"}
-        yield format_event("start", [reply.exchange.question, start])
+        yield format_event("start", exchange_to_list(reply.exchange, text="", status="in_progress"))
     try:
         for text in updates:
             offset += len(text or "")
-            id = format_event_id(offset, attempt)
+            id = f"{reply.id} {offset}"
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
         exchange = reply.to_list()
-    except (BotError, HTTPException, SQLAlchemyError) as error:
+    except (HTTPException, SQLAlchemyError) as error:
         log_error(error)
         yield format_event("error", {"error": error_message(to_http_exception(error))})
         return
-    last_id = format_event_id(offset, attempt, is_last=True)
+    last_id = f"{reply.id} {offset} end"
     if exchange[1].get("status") == "failed":
-        yield format_event("error", {"error": error_message(to_http_exception(reply.error))}, last_id)
+        yield format_event("error", {"error": exchange[1]["error"]}, last_id)
     else:
         yield format_event("done", exchange, last_id)

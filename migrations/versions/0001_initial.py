@@ -41,12 +41,16 @@ def upgrade():
         sa.Column("user_id", Integer64, nullable=False),
         sa.Column("created_at", Timestamp, nullable=False),
         sa.Column("updated_at", Timestamp, nullable=False),
+        sa.Column("archived_at", Timestamp),
         sa.ForeignKeyConstraint(["user_id"], ["user.id"], name="fk_conversation_user_id_user", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_conversation"),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_conversation_user_id_id", "conversation", ["user_id", "id"])
-    op.create_index("ix_conversation_user_id_updated_at_id", "conversation", ["user_id", "updated_at", "id"])
+    latest = ["user_id", "updated_at", "id"]
+    op.create_index("ix_conversation_user_id_updated_at_id", "conversation", latest)
+    for name, condition in (("archived", "archived_at IS NOT NULL"), ("unarchived", "archived_at IS NULL")):
+        op.create_index(f"ix_conversation_{name}", "conversation", latest, **partial_index(condition))
     op.create_table(
         "message",
         sa.Column("id", Integer64, nullable=False),
@@ -55,12 +59,11 @@ def upgrade():
         sa.Column("conversation_id", Integer64, nullable=False),
         sa.Column("created_at", Timestamp, nullable=False),
         sa.Column("status", sa.String(11), server_default="complete", nullable=False),
+        sa.Column("parent_id", Integer64),
+        sa.Column("is_current", sa.Boolean(), server_default=sa.true(), nullable=False),
+        sa.Column("error", sa.String(255)),
         sa.Column("heartbeat_at", Timestamp),
-        sa.Column("stop_requested", sa.Boolean(), server_default=sa.false(), nullable=False),
-        sa.Column("attempt", Integer64, server_default="1", nullable=False),
         sa.Column("idempotency_key", sa.String(255)),
-        sa.Column("sent_text_hash", sa.String(64)),
-        sa.Column("replaces_id", Integer64),
         sa.CheckConstraint("sender IN ('user', 'bot')", name=op.f("ck_message_sender")),
         sa.CheckConstraint(
             "status IN ('complete', 'in_progress', 'stopped', 'failed', 'truncated')", name=op.f("ck_message_status")
@@ -70,9 +73,7 @@ def upgrade():
         sa.ForeignKeyConstraint(
             ["conversation_id"], ["conversation.id"], name="fk_message_conversation_id_conversation", ondelete="CASCADE"
         ),
-        sa.ForeignKeyConstraint(
-            ["replaces_id"], ["message.id"], name="fk_message_replaces_id_message", ondelete="CASCADE"
-        ),
+        sa.ForeignKeyConstraint(["parent_id"], ["message.id"], name="fk_message_parent_id_message"),
         sa.PrimaryKeyConstraint("id", name="pk_message"),
         sqlite_autoincrement=True,
     )
@@ -84,15 +85,10 @@ def upgrade():
         unique=True,
         **partial_index("idempotency_key IS NOT NULL"),
     )
+    op.create_index("ix_message_parent_id", "message", ["parent_id"])
     op.create_index(
-        "ix_message_conversation_id_sender",
-        "message",
-        ["conversation_id", "sender"],
-        unique=True,
-        **partial_index("replaces_id IS NOT NULL"),
+        "ix_message_in_progress", "message", ["conversation_id"], **partial_index("status = 'in_progress'")
     )
-    op.create_index("ix_message_replaces_id", "message", ["replaces_id"], **partial_index("replaces_id IS NOT NULL"))
-    op.create_index("ix_message_heartbeat_at", "message", ["heartbeat_at"], **partial_index("status = 'in_progress'"))
 
 
 def downgrade():
