@@ -6,7 +6,7 @@ import unicodedata
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, func, literal, select, true, update
+from sqlalchemy import CheckConstraint, ForeignKey, Index, String, Text, case, func, select, true, update
 from sqlalchemy.orm import Mapped, aliased, mapped_column, relationship
 
 from app import db
@@ -115,7 +115,7 @@ class Message(db.Model):
         """
         above = select(cls.id, cls.parent_id).where(cls.id == message_id).cte("above", recursive=True)
         above = above.union_all(select(cls.id, cls.parent_id).where(cls.id == above.c.parent_id))
-        below = select(literal(message_id).label("id")).cte("below", recursive=True)
+        below = select(cls.id).where(cls.id == message_id).cte("below", recursive=True)
         child = aliased(cls)
         children = select(child.id).where(child.parent_id == below.c.id).order_by(child.text == "", child.id.desc())
         newest_child = children.limit(1).correlate(below).scalar_subquery()

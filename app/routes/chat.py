@@ -191,7 +191,7 @@ def select_conversation(conversation_id):
 
 
 def conversation_with_versions(row):
-    """Return a row of read_conversations() as the API shows it, with the versions of messages if these are asked for."""
+    """Return a row of read_conversations() as the API shows it, with versions of messages if these are asked for."""
     return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id)}
 
 
