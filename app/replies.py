@@ -6,8 +6,10 @@ own process by a condition variable, and one of another process by looking at it
 """
 
 import math
+import textwrap
 import time
 from collections import Counter
+from contextlib import contextmanager
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,6 +30,7 @@ from app.models import exchange as exchanges
 from app.validation import is_blank
 
 MAX_REPLY_CHARS = 100_000
+MAX_TITLE_CHARS = 60
 SAVE_INTERVAL = 1  # seconds between two saves of growing replies, and between two attempts to store an end
 POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
@@ -208,6 +211,12 @@ def sanitize(text):
     return text.replace("\0", "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
+def shorten(text):
+    """Return the beginning of a text in one line of at most MAX_TITLE_CHARS, cut between two words if possible."""
+    title = textwrap.shorten(text, MAX_TITLE_CHARS, placeholder="…")
+    return title if title != "…" else f"{text.split()[0][: MAX_TITLE_CHARS - 1]}…"
+
+
 class ReplyManager:
     """The replies that this process generates."""
 
@@ -258,6 +267,15 @@ class ReplyManager:
             if not self.counts[user_id]:
                 del self.counts[user_id]
 
+    @contextmanager
+    def reserved(self, user_id):
+        """Count one more reply of a user during the block. Raises what reserve() does."""
+        self.reserve(user_id)
+        try:
+            yield
+        finally:
+            self.release(user_id)
+
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
         return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
@@ -268,6 +286,16 @@ class ReplyManager:
             self.end(reply, "stopped")
         else:
             exchanges.stop_reply(exchange.reply["id"])
+
+    def create_title(self, history, request_id):
+        """Return a title for a conversation's first exchange: the bot's, or the beginning of the first message."""
+        title = ""
+        try:
+            if hasattr(self.bot, "create_title"):
+                title = sanitize(self.bot.create_title(history))
+        except Exception as error:
+            self.log_error(error, request_id)
+        return shorten(history[0][1] if is_blank(title) else title)
 
     def fail_abandoned(self):
         """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL.
@@ -323,11 +351,11 @@ class ReplyManager:
         if reply.end(status, error):
             self.wakeup.set()
             self.call_source(reply, "cancel")
-            self.log_error(reply, error)
+            self.log_error(error, reply.request_id)
 
-    def log_error(self, reply, error):
+    def log_error(self, error, request_id):
         """Log why a reply has failed, with a traceback if it is a bug."""
-        extra = {"request_id": reply.request_id}
+        extra = {"request_id": request_id}
         if isinstance(error, BotError):
             self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, str(error), extra=extra)
         elif isinstance(error, SQLAlchemyError):

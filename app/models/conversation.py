@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from functools import cache
 
-from sqlalchemy import ForeignKey, Index, String, bindparam, delete, func, or_, select, tuple_, update
+from sqlalchemy import ForeignKey, Index, String, bindparam, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import contains, fold_case, json_array, partial_index
+from app.database import contains, database_now, fold_case, json_array, partial_index
 from app.models.message import Message
 from app.models.user import User
 
@@ -24,6 +24,7 @@ class Conversation(db.Model):
     # The last send, edit or change of the branch, see touch(). The growth and the end of a reply do not change it.
     updated_at: Mapped[datetime] = mapped_column(default=lambda context: context.get_current_parameters()["created_at"])
     archived_at: Mapped[datetime | None]
+    title_requested_at: Mapped[datetime | None]  # while a title is generated, by the database's clock
 
     user: Mapped[User] = relationship(back_populates="conversations")
     messages: Mapped[list[Message]] = relationship(
@@ -54,6 +55,24 @@ class Conversation(db.Model):
         values = {"updated_at": datetime.now(UTC), "archived_at": None}
         options = {"synchronize_session": False}
         return db.session.execute(statement.values(values), execution_options=options).rowcount == 1
+
+    @classmethod
+    def start_title(cls, id, timeout):
+        """Record that a title is generated; commit; return False if one has been for less than `timeout` seconds."""
+        is_free = cls.title_requested_at.is_(None) | (cls.title_requested_at < database_now(-timeout))
+        start = update(cls).where(cls.id == id, is_free).values(title_requested_at=database_now())
+        count = db.session.execute(start, execution_options={"synchronize_session": False}).rowcount
+        db.session.commit()
+        return count == 1
+
+    @classmethod
+    def end_title(cls, id, old_name, title):
+        """Name a conversation, unless it was renamed meanwhile; commit; return it, or None if it was deleted."""
+        name = case((cls.name == old_name, title), else_=cls.name)
+        end = update(cls).where(cls.id == id).values(name=name, title_requested_at=None).returning(cls)
+        conversation = db.session.scalar(end, execution_options={"populate_existing": True})
+        db.session.commit()
+        return conversation
 
     @classmethod
     @cache  # building this statement takes a tenth of the time of a request that is answered with 304

@@ -93,6 +93,13 @@ class Message(db.Model):
         return db.session.scalar(query)
 
     @classmethod
+    def list_first(cls, conversation_id):
+        """Return the first exchange of a conversation as [(sender, text)], without an empty reply."""
+        query = select(cls.sender, cls.text).where(cls.conversation_id == conversation_id, cls.is_current)
+        rows = db.session.execute(query.order_by(cls.id).limit(2)).all()
+        return [(sender, text) for sender, text in rows if text]
+
+    @classmethod
     def map_versions(cls, conversation_id):
         """Return {id: the ids of all versions, oldest first} of the messages that have more than one."""
         ids = func.aggregate_strings(cls.id.cast(String), ",")

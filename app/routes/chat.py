@@ -258,6 +258,21 @@ def show_branch(conversation_id):
     return conversation_with_versions(rows[0]) if rows else abort(404, "Conversation not found")
 
 
+@bp.post("/api/conversations/<id:conversation_id>/title")
+@login_required
+def create_title(conversation_id):
+    """Name a conversation after its first exchange, unless it is renamed meanwhile."""
+    conversation = get_conversation_or_404(conversation_id)
+    history = Message.list_first(conversation_id) or abort(409, "The conversation has no message")
+    old_name, replies = conversation.name, current_app.extensions["replies"]
+    with replies.reserved(current_user.id):
+        if not Conversation.start_title(conversation_id, current_app.config["BOT_TIMEOUT"]):
+            abort(409, "A title of this conversation is being generated")
+        title = replies.create_title(history, g.request_id)
+    conversation = Conversation.end_title(conversation_id, old_name, title)
+    return conversation.to_dict() if conversation else abort(404, "Conversation not found")
+
+
 @bp.get("/api/messages")
 @login_required
 def search_messages():

@@ -42,6 +42,7 @@ def upgrade():
         sa.Column("created_at", Timestamp, nullable=False),
         sa.Column("updated_at", Timestamp, nullable=False),
         sa.Column("archived_at", Timestamp),
+        sa.Column("title_requested_at", Timestamp),
         sa.ForeignKeyConstraint(["user_id"], ["user.id"], name="fk_conversation_user_id_user", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_conversation"),
         sqlite_autoincrement=True,
