@@ -21,7 +21,7 @@ class Conversation(db.Model):
     name: Mapped[str] = mapped_column(String(255))
     user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
-    # The last send, edit or change of the branch, see touch(). The growth and the end of a reply do not change it.
+    # The last send, edit or change of the branch, see touch() in exchange.py. The growth and the end of a reply do not change it.
     updated_at: Mapped[datetime] = mapped_column(default=lambda context: context.get_current_parameters()["created_at"])
     archived_at: Mapped[datetime | None]
     title_requested_at: Mapped[datetime | None]  # while a title is generated, by the database's clock
@@ -44,17 +44,6 @@ class Conversation(db.Model):
     def get_for_user(cls, id, user_id):
         """Return the user's conversation, or None."""
         return db.session.scalar(select(cls).filter_by(id=id, user_id=user_id))
-
-    @classmethod
-    def touch(cls, id, user_id):
-        """Lock the user's conversation and record that its messages change; return False if there is none.
-
-        An archived conversation comes back.
-        """
-        statement = update(cls).where(cls.id == id, cls.user_id == user_id)
-        values = {"updated_at": datetime.now(UTC), "archived_at": None}
-        options = {"synchronize_session": False}
-        return db.session.execute(statement.values(values), execution_options=options).rowcount == 1
 
     @classmethod
     def start_title(cls, id, timeout):

@@ -7,6 +7,7 @@ from sqlalchemy import bindparam, case, func, insert, select, update
 
 from app import db
 from app.database import autocommit, database_now
+from app.models.conversation import Conversation
 from app.models.message import Message, message_to_dict
 
 HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in progress has failed
@@ -14,7 +15,12 @@ INTERRUPTED = "The server was stopped"  # the error of such a reply
 MAX_HISTORY_MESSAGES = 200  # that a bot gets
 
 # These statements are built once, and of tables: building them of models would take a third of the CPU time of a send.
-messages = Message.__table__
+conversations, messages = Conversation.__table__, Message.__table__
+TOUCH_CONVERSATION = (
+    update(conversations)
+    .where(conversations.c.id == bindparam("conversation_id"), conversations.c.user_id == bindparam("owner_id"))
+    .values(updated_at=bindparam("now"), archived_at=None)
+)
 SELECT_LAST_ID = select(func.max(messages.c.id)).where(
     messages.c.conversation_id == bindparam("conversation_id"), messages.c.is_current
 )
@@ -70,14 +76,14 @@ class Exchange:
 
     @classmethod
     def add(cls, conversation_id, user_id, text, key=None):
-        """Add a question after the last current message, and an empty reply; call Conversation.touch() before."""
+        """Add a question after the last current message, and an empty reply; call touch() before."""
         last_id = db.session.scalar(SELECT_LAST_ID, {"conversation_id": conversation_id})
         question = insert_message(conversation_id, "user", text, last_id, key=key)
         return cls.add_reply(conversation_id, user_id, question)
 
     @classmethod
     def edit(cls, message, user_id, text, key=None):
-        """Add another version of a question, and an empty reply, as the current ones; call Conversation.touch() before.
+        """Add another version of a question, and an empty reply, as the current ones; call touch() before.
 
         With the same text, only the reply is added.
         """
@@ -119,6 +125,15 @@ class Exchange:
                 break
             history.append((sender, message_text))
         return history[::-1]
+
+
+def touch(conversation_id, user_id):
+    """Lock the user's conversation and record that its messages change; return False if there is none.
+
+    An archived conversation comes back.
+    """
+    values = {"conversation_id": conversation_id, "owner_id": user_id, "now": datetime.now(UTC)}
+    return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
 
 
 def insert_message(conversation_id, sender, text, parent_id, status="complete", key=None):

@@ -16,7 +16,7 @@ from app import db
 from app.database import MAX_ID, format_timestamp
 from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
-from app.models.exchange import Exchange
+from app.models.exchange import Exchange, touch
 from app.replies import exchange_to_list
 from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
 from app.threads import run_long_query
@@ -359,7 +359,7 @@ def edit_message(conversation_id, message_id):
 
 def touch_conversation_or_404(conversation_id):
     """Lock the current user's conversation to change its messages; abort with 404 if it is missing or another's."""
-    if not Conversation.touch(conversation_id, current_user.id):
+    if not touch(conversation_id, current_user.id):
         abort(404, "Conversation not found")
 
 
