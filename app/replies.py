@@ -318,7 +318,7 @@ class ReplyManager:
         for reply in list(self.replies.values()):
             self.end(reply, "failed", ServiceUnavailable(exchanges.INTERRUPTED, retry_after=RETRY_AFTER))
         deadline = time.monotonic() + 2  # to store them
-        while self.is_saving and time.monotonic() < deadline:
+        while self.replies and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def generate(self, reply, history):
@@ -364,9 +364,9 @@ class ReplyManager:
             self.app.logger.error("The reply failed", exc_info=error, extra=extra)
 
     def save_in_background(self):
-        """Save the replies of this process until there are none."""
+        """Save the replies of this process until there are none for SAVE_INTERVAL."""
         while self.is_saving:
-            self.wakeup.wait(SAVE_INTERVAL)
+            is_woken = self.wakeup.wait(SAVE_INTERVAL)
             self.wakeup.clear()
             try:
                 with self.app.app_context():
@@ -376,7 +376,7 @@ class ReplyManager:
                 self.log_delay(error)
                 time.sleep(SAVE_INTERVAL)
             with self.lock:
-                self.is_saving = bool(self.replies)
+                self.is_saving = is_woken or bool(self.replies)
 
     def log_delay(self, error):
         """Log why replies cannot be saved now, once until that succeeds."""

@@ -22,7 +22,7 @@ TOUCH_CONVERSATION = (
     .values(updated_at=bindparam("now"), archived_at=None)
 )
 SELECT_LAST_ID = select(func.max(messages.c.id)).where(
-    messages.c.conversation_id == bindparam("conversation_id"), messages.c.is_current
+    messages.c.conversation_id == bindparam("of_conversation_id"), messages.c.is_current
 )
 INSERT_MESSAGE = (
     insert(messages)
@@ -31,6 +31,7 @@ INSERT_MESSAGE = (
     )
     .returning(messages.c.id)
 )
+APPEND_MESSAGE = INSERT_MESSAGE.values(parent_id=SELECT_LAST_ID.scalar_subquery())
 SELECT_HISTORY = (
     select(messages.c.sender, func.substr(messages.c.text, 1, bindparam("max_chars") + 1), messages.c.status)
     .where(
@@ -77,8 +78,8 @@ class Exchange:
     @classmethod
     def add(cls, conversation_id, user_id, text, key=None):
         """Add a question after the last current message, and an empty reply; call touch() before."""
-        last_id = db.session.scalar(SELECT_LAST_ID, {"conversation_id": conversation_id})
-        question = insert_message(conversation_id, "user", text, last_id, key=key)
+        values = {"of_conversation_id": conversation_id, "idempotency_key": key}
+        question = insert_message(APPEND_MESSAGE, conversation_id, "user", text, **values)
         return cls.add_reply(conversation_id, user_id, question)
 
     @classmethod
@@ -89,8 +90,8 @@ class Exchange:
         """
         question = message.to_dict()
         if text != message.text:
-            conversation_id, parent_id = message.conversation_id, message.parent_id
-            question = insert_message(conversation_id, "user", text, parent_id, key=key)
+            values = {"parent_id": message.parent_id, "idempotency_key": key}
+            question = insert_message(INSERT_MESSAGE, message.conversation_id, "user", text, **values)
         exchange = cls.add_reply(message.conversation_id, user_id, question)
         Message.show_branch(message.conversation_id, exchange.reply["id"])
         return exchange
@@ -98,12 +99,13 @@ class Exchange:
     @classmethod
     def add_reply(cls, conversation_id, user_id, question):
         """Add an empty reply to a question."""
-        reply = insert_message(conversation_id, "bot", "", question["id"], "in_progress")
+        values = {"parent_id": question["id"], "idempotency_key": None}
+        reply = insert_message(INSERT_MESSAGE, conversation_id, "bot", "", status="in_progress", **values)
         return cls(conversation_id, user_id, question, reply, is_new=True)
 
     def is_last(self):
         """Return whether the reply is the last current message of the conversation."""
-        return db.session.scalar(SELECT_LAST_ID, {"conversation_id": self.conversation_id}) == self.reply["id"]
+        return db.session.scalar(SELECT_LAST_ID, {"of_conversation_id": self.conversation_id}) == self.reply["id"]
 
     def read_history(self, max_chars):
         """Return what the bot gets, [(sender, text)], oldest first: the question, and as much before it as fits.
@@ -136,12 +138,12 @@ def touch(conversation_id, user_id):
     return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
 
 
-def insert_message(conversation_id, sender, text, parent_id, status="complete", key=None):
-    """Insert a message; return it as the API shows it."""
+def insert_message(statement, conversation_id, sender, text, status="complete", **values):
+    """Insert a message by one of the statements above; return it as the API shows it."""
     now = datetime.now(UTC)
-    values = {"conversation_id": conversation_id, "sender": sender, "text": text, "parent_id": parent_id}
-    values |= {"new_status": status, "idempotency_key": key, "created_at": now, "is_current": True}
-    return message_to_dict(db.session.scalar(INSERT_MESSAGE, values), sender, text, now, status)
+    values |= {"conversation_id": conversation_id, "sender": sender, "text": text, "new_status": status}
+    id = db.session.scalar(statement, {**values, "created_at": now, "is_current": True})
+    return message_to_dict(id, sender, text, now, status)
 
 
 def save_growth(texts):
