@@ -21,7 +21,7 @@ ERROR_MESSAGES = {
     401: "Login required",
     404: "Not found",
     405: "Method not allowed",
-    413: "The body must be at most 1 MiB",
+    413: "The body must be at most 2 MiB",
     500: "Internal server error",
 }
 DATABASE_UNAVAILABLE = (
