@@ -331,6 +331,8 @@ SETTINGS = {
     "PASSWORD_HASH_METHOD": (DEFAULT_HASH_METHOD, parse_password_hash_method),
     "PASSWORD_MIN_LENGTH": ("1", partial(parse_int, minimum=1, maximum=1024)),
     "LOGIN_RATE_LIMIT": ("10 per minute", parse_rate_limit),
+    "SIGNUP": ("open", partial(parse_choice, choices=("open", "closed"))),
+    "SEND_RATE_LIMIT": ("", lambda value: parse_many(value) if isinstance(value, str) and value else list(value)),
     "SIGNUP_RATE_LIMIT": ("120 per minute", parse_rate_limit),
     "RATE_LIMIT_STORAGE": ("memory://", parse_rate_limit_storage),
     "BOT_MODEL": ("", parse_str),
