@@ -64,8 +64,9 @@ def list_users():
     is_new = Message.created_at >= datetime.now(UTC) - timedelta(days=1)
     counts = (func.count(Conversation.id.distinct()), func.count(Message.id), func.count(Message.id).filter(is_new))
     query = select(User, *counts).outerjoin(User.conversations).outerjoin(Conversation.messages)
+    rows = db.session.execute(query.group_by(User.id).order_by(User.id))
     click.echo(LINE.format(*HEADINGS))
-    for user, *numbers in db.session.execute(query.group_by(User.id).order_by(User.id)):
+    for user, *numbers in rows:
         status = "Disabled" if user.is_disabled else "Online" if user.is_logged_in else "Offline"
         last_login = format_timestamp(user.last_login) if user.last_login else "never"
         line = LINE.format(user.user_id, status, last_login, *numbers, user.username)
