@@ -21,6 +21,7 @@ DEMO_EXISTS = (1, [], ["Error: the demo's users exist already"])
 EXISTS = (1, [], ["Error: Username already exists"])
 UNKNOWN = (1, [], ["Error: Username does not exist"])
 NEW_PASSWORD = "battery staple"
+UNPRINTABLE = "\u0410d\u00e0"
 INVALID_USERNAME = "username must not begin or end with a space or contain invisible characters"
 COMMANDS_FOR_ONE_USER = ["set-password", "delete", "disable", "enable"]
 DATABASE_COMMANDS = ["demo", "users list", "users add ada", "users disable ada", "prune --before 2026-01-31"]
@@ -110,7 +111,7 @@ def test_users_list_after_a_restart_shows_who_has_not_logged_out(make_app):
 @pytest.mark.parametrize(("signup", "line"), [("open", f"{NEW_PASSWORD}\n"), ("closed", f"{NEW_PASSWORD}\r\nmore\n")])
 def test_users_add_creates_a_user_with_the_password_of_the_first_line(make_app, signup, line):
     app = make_app(SIGNUP=signup)
-    assert invoke(app, "users", "add", "ａda", input=line) == (0, ["Added ada"], [])
+    assert invoke(app, "users", "add", "\uff41da", input=line) == (0, ["Added ada"], [])
     assert list_usernames(app) == ["ada"]
     assert can_log_in(app, NEW_PASSWORD)
     assert invoke(app, "users", "add", "ada", input="another\n") == EXISTS
@@ -186,8 +187,8 @@ def test_users_command_with_unknown_name_returns_1(app, bob, command):
 
 @pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"\\u0410d\xe0"), ("ascii", b"\\u0410d\\xe0")])
 def test_users_commands_print_what_the_console_can_show(app, client, database, encoding, shown):
-    client.signup("Аdà")
-    for arguments in (["list"], ["disable", "Аdà"], ["delete", "Аdà", "--yes"]):
+    client.signup(UNPRINTABLE)
+    for arguments in (["list"], ["disable", UNPRINTABLE], ["delete", UNPRINTABLE, "--yes"]):
         status, output, errors = run_users(database, *arguments, PYTHONIOENCODING=encoding)
         assert (status, errors) == (0, b""), arguments
         assert shown in output, arguments
