@@ -113,7 +113,8 @@ def record_send(user_id):
     for call in (rate_limiter.check, rate_limiter.record):
         for limit in limits:
             period = f"{limit.multiples} {limit.GRANULARITY.name}s" if limit.multiples > 1 else limit.GRANULARITY.name
-            call(limit, "send", str(user_id), message=f"You may send {limit.amount} messages per {period}: {{retry}}")
+            messages = "1 message" if limit.amount == 1 else f"{limit.amount} messages"
+            call(limit, "send", str(user_id), message=f"You may send {messages} per {period}: {{retry}}")
 
 
 def format_retry(seconds):

@@ -307,11 +307,11 @@ def test_record_send_without_limits_refuses_nothing():
 @pytest.mark.parametrize(
     ("limits", "seconds", "message"),
     [
-        ("1 per hour", 3600, "You may send 1 messages per hour: try again in 60 minutes"),
-        ("1 per 30 seconds", 30, "You may send 1 messages per 30 seconds: try again in 30 seconds"),
-        ("1 per 2 days; 1 per hour", 172800, "You may send 1 messages per 2 days: try again in 2 days"),
-        ("1 per hour; 1 per day", 86400, "You may send 1 messages per day: try again in 24 hours"),
-        ("1 per 90 minutes", 5400, "You may send 1 messages per 90 minutes: try again in 90 minutes"),
+        ("1 per hour", 3600, "You may send 1 message per hour: try again in 60 minutes"),
+        ("1 per 30 seconds", 30, "You may send 1 message per 30 seconds: try again in 30 seconds"),
+        ("1 per 2 days; 1 per hour", 172800, "You may send 1 message per 2 days: try again in 2 days"),
+        ("1 per hour; 1 per day", 86400, "You may send 1 message per day: try again in 24 hours"),
+        ("1 per 90 minutes", 5400, "You may send 1 message per 90 minutes: try again in 90 minutes"),
     ],
 )
 def test_record_send_after_the_last_one_says_when_to_try_again(limits, seconds, message):
