@@ -8,7 +8,7 @@ import orjson
 from flask.cli import with_appcontext
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from app import db, repeat_after_conflict
+from app import db
 from app.bot import simulated_bot
 from app.database import database_now
 from app.errors import database_error_message, get_reason
@@ -32,6 +32,12 @@ DEMO_STATUSES = {
 }
 PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
 PRUNE_PAUSE = 0.05  # seconds between two of them, in which other transactions can write
+
+
+def init_app(app):
+    """Register the commands."""
+    for command in (demo, users, prune):
+        app.cli.add_command(command)
 
 
 @click.command()
@@ -95,7 +101,7 @@ def prune(before):
     count = last_id = 0
     try:
         while last_id is not None:
-            last_id, deleted = repeat_after_conflict(prune_batch, before, last_id)
+            last_id, deleted = prune_batch(before, last_id)
             count += deleted
             time.sleep(PRUNE_PAUSE)
     except SQLAlchemyError as error:

@@ -2,22 +2,31 @@
 
 import os
 import sqlite3
+import sys
 import time
 import traceback
 import unicodedata
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from threading import Thread
 
+import psycopg
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from flask import has_request_context, request
+from flask_migrate import upgrade
 from flask_sqlalchemy.session import Session as FlaskSession
+from psycopg.pq import TransactionStatus
 from sqlalchemy import BigInteger, Boolean, DateTime, Integer, MetaData, Text, event, func, literal_column, select, text
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
+
+from config import parse_postgresql_url
 
 MAX_ID = 2**63 - 1
 # A page ends before its texts exceed this size. JSON makes a text up to six times longer: a page has at most 4 MiB.
@@ -25,6 +34,12 @@ MAX_PAGE_BYTES = 4 * 2**20 // 6
 ITEM_BYTES = 150 // 6  # the other fields of a message or a conversation take up to 150 bytes of JSON
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
+CONNECT_TIMEOUT = 6  # seconds for a new connection to PostgreSQL, unless DATABASE_URL has another connect_timeout
+PING_TIMEOUT = 3  # seconds for the ping of a connection from the pool
+ANSWER_TIMEOUT = 11  # seconds for a statement: more than the server's own limit, see TIMEOUTS
+SETTINGS = "SET client_encoding TO 'UTF8'; SET DateStyle TO 'ISO'; SET TimeZone TO 'UTC'"
+TIMEOUTS = "SET statement_timeout TO '10s'; SET idle_in_transaction_session_timeout TO '60s'"
+MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 
 class SQLiteDateTime(sqlite.DATETIME):
@@ -223,20 +238,22 @@ def partial_index(condition):
     return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
-def engine_options(url, connect_args):
-    """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL and its further arguments; times are in seconds."""
+def engine_options(url):
+    """Return Flask-SQLAlchemy's settings for a database URL; times are in seconds."""
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
-        return {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
-    return {
-        "connect_args": connect_args,
+        options = {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
+        return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": options}
+    options = {
+        "connect_args": parse_postgresql_url(url),
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
         "pool_size": 15,
         "max_overflow": 0,  # overflow connections are closed after each use: to open one takes as long as a request
-        "pool_timeout": 8,  # and CONNECT_TIMEOUT of app/postgresql.py: less than 15 together
+        "pool_timeout": 8,  # and CONNECT_TIMEOUT and PING_TIMEOUT: less than 20 together
         "pool_pre_ping": True,
         "hide_parameters": True,
     }
+    return {"SQLALCHEMY_DATABASE_URI": "postgresql+psycopg://", "SQLALCHEMY_ENGINE_OPTIONS": options}
 
 
 def configure_engine(engine):
@@ -246,9 +263,58 @@ def configure_engine(engine):
         event.listen(engine, "begin", begin_immediate)
         event.listen(engine, "handle_error", discard_read_only_connection)
     else:
-        from app import postgresql  # the driver takes 0.1 s that SQLite need not spend
+        event.listen(engine, "do_connect", connect_to_postgresql)
+        event.listen(engine, "connect", configure_postgresql)
+        event.listen(engine, "checkout", set_answer_timeout)
+        event.listen(engine, "checkin", set_ping_timeout)
 
-        postgresql.configure_engine(engine)
+
+class PostgreSQLConnection(psycopg.Connection):
+    """A connection that is closed if the server does not answer within `timeout` seconds, or None for no limit."""
+
+    timeout = PING_TIMEOUT
+
+    def wait(self, gen, **kwargs):
+        """Return the result of a generator of psycopg's. Raises OperationalError if the server does not answer."""
+        try:
+            return super().wait(gen, **{"timeout": self.timeout, **kwargs})
+        except psycopg.OperationalError:
+            if self.info.transaction_status == TransactionStatus.ACTIVE:  # the statement has not ended
+                self.close()
+            raise
+
+
+def connect_to_postgresql(dialect, record, args, kwargs):
+    """Return a new connection; psycopg's connect_timeout counts for each address again, and is at least 2 s."""
+    address_count = 2 * len(kwargs.get("host", "").split(","))  # as a rule, a host has one of IPv6 and one of IPv4
+    return PostgreSQLConnection.connect(
+        *args, **{"connect_timeout": max(2, CONNECT_TIMEOUT // address_count), **kwargs}
+    )
+
+
+def configure_postgresql(connection, record):
+    """Set what the program relies on, whatever the server's or the role's defaults are.
+
+    A pooler in transaction mode keeps SETTINGS for each of its clients, but would share TIMEOUTS. Raises
+    NotSupportedError if the database cannot hold every character.
+    """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise psycopg.NotSupportedError(f"its encoding must be UTF8, not {encoding}")
+    connection.autocommit = True
+    connection.execute(SETTINGS if connection.prepare_threshold is None else f"{SETTINGS}; {TIMEOUTS}")
+    connection.autocommit = False
+
+
+def set_answer_timeout(connection, record, proxy):
+    """Let a statement take its time."""
+    connection.timeout = ANSWER_TIMEOUT
+
+
+def set_ping_timeout(connection, record):
+    """Let the next use of a connection, which is SQLAlchemy's ping, find out soon that the server is silent."""
+    if connection is not None:
+        connection.timeout = PING_TIMEOUT
 
 
 def configure_sqlite(connection, record):
@@ -296,30 +362,33 @@ def discard_read_only_connection(context):
         context.is_disconnect = True
 
 
-class DatabaseQuery(Thread):
-    """A query in its own thread, so that the caller can stop waiting; `is_answered` tells whether it has succeeded."""
+def answers_within(engine, statement, seconds):
+    """Return whether a database executes a statement within some seconds.
 
-    def __init__(self, engine, statement):
-        super().__init__(name="query", daemon=True)
-        self.engine = autocommit(engine)
-        self.statement = statement
-        self.is_answered = False
-
-    def run(self):
-        """Execute the statement.
-
-        On SQLite, check that the file exists: an open connection can still read a deleted file.
-        """
-        if self.engine.dialect.name == "sqlite" and not os.path.exists(self.engine.url.database):
-            return
-        with suppress(SQLAlchemyError), self.engine.connect() as connection:
-            connection.execute(self.statement)
-            self.is_answered = True
+    Another thread does it, so that the caller can stop waiting.
+    """
+    answers = []
+    thread = Thread(target=execute_quietly, args=(autocommit(engine), statement, answers), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
-def is_conflict(error):
-    """Return whether a DBAPIError says that the transaction may succeed if it is repeated as a whole."""
-    return getattr(error.orig, "sqlstate", None) in ("40001", "40P01")  # serialization_failure, deadlock_detected
+def execute_quietly(engine, statement, answers):
+    """Execute a statement; add True to a list if that succeeds.
+
+    On SQLite, check that the file exists: an open connection can still read a deleted file.
+    """
+    if engine.dialect.name == "sqlite" and not os.path.exists(engine.url.database):
+        return
+    with suppress(SQLAlchemyError), engine.connect() as connection:
+        connection.execute(statement)
+        answers.append(True)
+
+
+def get_reason(error):
+    """Return what the driver says of a database error, in one line."""
+    return " ".join(str(getattr(error, "orig", error)).split())
 
 
 def is_missing_table(error):
@@ -333,3 +402,54 @@ def format_traceback(error):
     """Return the kind of a database error and where it was raised, for the log: its text may quote a message."""
     kind = type(getattr(error, "orig", None) or error).__name__
     return f"{kind}\nTraceback (most recent call last):\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
+
+
+def upgrade_schema(app):
+    """Upgrade the database's schema, or exit with one line that says why that failed. Closes its connections."""
+    try:
+        with app.app_context():
+            engine = app.extensions["sqlalchemy"].engine
+            wait_for_database(engine, app)
+            if is_schema_newer(engine):
+                app.logger.warning("The database's schema is newer than this program, which leaves it as it is")
+            else:
+                upgrade(MIGRATIONS)
+            engine.dispose()  # no process that is forked from this one may use its connections
+    except DBAPIError as error:
+        sys.exit(f"Error: the database of DATABASE_URL cannot be used: {get_reason(error)}")
+
+
+def wait_for_database(engine, app):
+    """Return as soon as the database server accepts a connection; raise its error after DATABASE_WAIT seconds."""
+    seconds = app.config["DATABASE_WAIT"]
+    deadline = time.monotonic() + seconds
+    is_logged = False
+    while True:
+        try:
+            engine.connect().close()
+            return
+        except OperationalError as error:
+            if engine.dialect.name == "sqlite" or time.monotonic() >= deadline:
+                raise
+            if not is_logged:
+                app.logger.warning("Waiting up to %d s for the database: %s", seconds, get_reason(error))
+                is_logged = True
+        time.sleep(min(1, seconds))
+
+
+def is_schema_newer(engine):
+    """Return whether a migration was applied to the database that this program does not have."""
+    with engine.connect() as connection:
+        applied = MigrationContext.configure(connection).get_current_heads()
+    revisions = ScriptDirectory(MIGRATIONS).walk_revisions()
+    return not {revision.revision for revision in revisions}.issuperset(applied)
+
+
+def truncate_wal(app):
+    """Leave no write-ahead log of SQLite's: it would be replayed over a backup that is copied in its place."""
+    with app.app_context(), suppress(SQLAlchemyError):
+        engine = app.extensions["sqlalchemy"].engine
+        if engine.dialect.name == "sqlite":
+            with autocommit(engine).connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            engine.dispose()  # the last connection that is closed deletes the file

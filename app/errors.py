@@ -14,21 +14,21 @@ from werkzeug.exceptions import (
 )
 
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
-from app.database import format_traceback, is_missing_table
+from app.database import format_traceback, get_reason, is_missing_table
 
 RETRY_AFTER = 2  # seconds after which clients may try again when the database or the server is busy
 ERROR_MESSAGES = {
     401: "Login required",
     404: "Not found",
     405: "Method not allowed",
-    413: "The body must be at most 1 MiB",
+    413: "The body must be at most 2 MiB",
     500: "Internal server error",
 }
 DATABASE_UNAVAILABLE = (
     exc.OperationalError,
     exc.InterfaceError,
     exc.InternalError,
-    exc.NotSupportedError,  # app/postgresql.py refuses the database's encoding
+    exc.NotSupportedError,  # app/database.py refuses the database's encoding
     exc.TimeoutError,
 )
 
@@ -97,11 +97,6 @@ def bot_exception(error):
     if isinstance(error, BotMessageTooLong):
         return RequestEntityTooLarge("The message is too long for the bot")
     return BadGateway("The bot failed to answer")
-
-
-def get_reason(error):
-    """Return what the driver says of a database error, in one line."""
-    return " ".join(str(getattr(error, "orig", error)).split())
 
 
 def database_error_message(error):

@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import time
+from functools import partial
 from urllib.parse import quote
 
 import orjson
@@ -24,6 +25,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "cross-origin",
     "Vary": "Origin, Cookie",
 }
+DEFAULT_PORTS = {False: ":80", True: ":443"}  # by whether the request is secure
 UNLOGGED_ENDPOINTS = ("auth.health",)
 logger = logging.getLogger("app.requests")
 
@@ -73,36 +75,49 @@ def get_request_id(record):
 
 def before_request():
     """Give the request an id; admit only a write of an allowed origin whose body is complete."""
-    g.started_at = time.perf_counter()
-    request_id = request.headers.get("X-Request-ID", "")
-    g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
+    begin_request()
     if len(request.headers.get("Access-Control-Request-Headers", "")) > MAX_CORS_HEADERS_LENGTH:
         del request.environ["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"]  # Flask-CORS would read it for this error, too
         abort(400, f"Access-Control-Request-Headers must be at most {MAX_CORS_HEADERS_LENGTH} characters")
     if not request.cookies.get(REMEMBER_COOKIE_NAME, "").isascii():  # Flask-Login would raise TypeError
-        abort(400, f"The cookie {REMEMBER_COOKIE_NAME} must be ASCII")
+        abort(401)
     if request.method not in SAFE_METHODS:
         check_origin()
         read_body()
 
 
+def begin_request():
+    """Note the start of the request and its id, the client's own if it is a valid one.
+
+    What a view adds to `g.log_fields`, a stream until it ends, is logged with the request.
+    """
+    g.started_at = time.perf_counter()
+    g.log_fields = {}
+    request_id = request.headers.get("X-Request-ID", "")
+    g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
+
+
 def check_origin():
     """Abort with 403 if a page of another origin, which CORS_ORIGINS does not list, makes a browser send a write."""
     origin = request.headers.get("Origin")
-    if origin is None:
-        if request.headers.get("Sec-Fetch-Site") == "cross-site":
-            abort(403, "Origin required for a cross-site request")
+    fetch_site = request.headers.get("Sec-Fetch-Site")
+    if origin is None and fetch_site == "cross-site":
+        abort(403, "Origin required for a cross-site request")
+    # A page that sends no referrer has the origin "null", but the browser says that it is one of this server's.
+    if origin is None or (origin == "null" and fetch_site == "same-origin"):
         return
-    own_origin = f"{request.scheme}://{request.headers.get('Host', '')}"
-    if origin.lower() not in (own_origin.lower(), *current_app.config["CORS_ORIGINS"]):
+    host = request.headers.get("Host", "").lower().removesuffix(DEFAULT_PORTS[request.is_secure])
+    if origin.lower() not in (f"{request.scheme}://{host}", *current_app.config["CORS_ORIGINS"]):
         abort(403, f"Origin not allowed: add {origin[:255]} to CORS_ORIGINS")
 
 
 def read_body():
     """Read the whole body before the view runs, so that a slow client holds no database connection.
 
-    Aborts with 413 for a body beyond MAX_CONTENT_LENGTH and with 400 for an incomplete one.
+    Aborts with 413 for a body beyond MAX_CONTENT_LENGTH, 400 for an incomplete one, and 415 for a compressed one.
     """
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        abort(415, "The body must not be compressed: send it without Content-Encoding")
     try:
         size = len(request.get_data())
         # Werkzeug silently cuts a chunked body at the limit.
@@ -121,7 +136,9 @@ def read_body():
 
 
 def after_request(response):
-    """Add the headers that every response has, and log the request."""
+    """Add the headers that every response has, and log the request, a stream at its end."""
+    if "request_id" not in g:  # something failed before before_request()
+        begin_request()
     headers = response.headers
     headers.extend(HEADERS)
     headers.add("X-Request-ID", g.request_id)
@@ -130,18 +147,27 @@ def after_request(response):
     if request.is_secure:
         headers["Strict-Transport-Security"] = f"max-age={HSTS_MAX_AGE}"
     if request.endpoint not in UNLOGGED_ENDPOINTS:
-        log_request(response)
+        fields = {
+            "request_id": g.request_id,
+            "method": request.method,
+            "path": quote(request.path),
+            "status": response.status_code,
+            "address": request.remote_addr or "-",
+            "user_id": g.get("user_id"),
+        }
+        log = partial(log_request, fields, g.log_fields, g.started_at)
+        if response.mimetype == "text/event-stream":
+            response.call_on_close(log)
+        else:
+            log()
     return response
 
 
-def log_request(response):
-    """Log the request: method, path, status, milliseconds, and the user's id."""
-    fields = {
-        "method": request.method,
-        "path": quote(request.path),
-        "status": response.status_code,
-        "duration_ms": round((time.perf_counter() - g.started_at) * 1000, 1),
-        "user_id": g.get("user_id"),
-    }
-    *values, user_id = fields.values()
-    logger.info("%s %s %d %.1f ms user=%s", *values, user_id or "-", extra={"fields": fields})
+def log_request(fields, more_fields, started_at):
+    """Log a request: method, path, status, milliseconds, the user's id, the client's address, and more fields."""
+    request_id = fields.pop("request_id")
+    fields = {**fields, "duration_ms": round((time.perf_counter() - started_at) * 1000, 1), **more_fields}
+    text = f"{fields['method']} {fields['path']} {fields['status']} {fields['duration_ms']:.1f} ms"
+    text += f" user={fields['user_id'] or '-'} from {fields['address']}"
+    text += "".join(f" {name}={value}" for name, value in more_fields.items())
+    logger.info("%s", text, extra={"fields": fields, "request_id": request_id})

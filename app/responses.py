@@ -7,6 +7,8 @@ import orjson
 from flask import current_app, request
 from flask.json.provider import JSONProvider
 
+SLICE_SIZE = 64 * 1024
+
 
 class OrjsonProvider(JSONProvider):
     """JSON exactly as RFC 8259 defines it: no NaN, no lone surrogates."""
@@ -19,7 +21,9 @@ class OrjsonProvider(JSONProvider):
 
     def response(self, *args, **kwargs):
         [obj] = args or [kwargs]
-        body = orjson.dumps(obj)  # as bytes: a list may have 100 MB
+        body = orjson.dumps(obj)
+        if len(body) > SLICE_SIZE:  # the server's time-out counts for each slice, so that a slow reader gets them all
+            body = [body[start : start + SLICE_SIZE] for start in range(0, len(body), SLICE_SIZE)]
         return current_app.response_class(body, mimetype="application/json")
 
 
@@ -29,8 +33,8 @@ def hash_version(version):
 
 
 def is_not_modified(etag):
-    """Return whether the client has the response with this ETag already."""
-    return request.if_none_match.contains_weak(etag)
+    """Return whether the client has the response with this ETag already; Apache adds -gzip to it if it compresses."""
+    return any(request.if_none_match.contains_weak(tag) for tag in (etag, f"{etag}-gzip"))
 
 
 def conditional_response(body, etag, next_page=None):

@@ -6,7 +6,7 @@ from flask import current_app
 from sqlalchemy import Table, event, inspect
 from sqlalchemy.exc import DBAPIError
 
-from app.errors import get_reason
+from app.database import get_reason
 
 db = current_app.extensions["migrate"].db
 options = {

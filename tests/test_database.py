@@ -223,7 +223,7 @@ def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
 
 @on_postgresql
 def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connection_is_replaced(app, monkeypatch):
-    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", SHORT_TIMEOUT)
+    monkeypatch.setattr("app.database.ANSWER_TIMEOUT", SHORT_TIMEOUT)
     with app.app_context():
         with pytest.raises(OperationalError):
             db.session.execute(select(func.pg_sleep(TIMEOUT)))

@@ -7,7 +7,7 @@ import pytest
 from dotenv import dotenv_values
 
 from app.cli import DEMO
-from config import SETTINGS, Config
+from config import SETTINGS, load_config
 from tests.helpers.readme import README, get_block
 from tests.helpers.server import ROOT, TIMEOUT
 
@@ -46,7 +46,7 @@ def test_commands_that_name_a_model_and_a_database_write_valid_settings(tmp_path
     subprocess.run(["bash", "-ec", script], cwd=tmp_path, timeout=TIMEOUT, check=True)
     values = dotenv_values(tmp_path / ".env")
     assert values.keys() == {"BOT_MODEL", "OPENAI_BASE_URL", "DATABASE_URL"}
-    config = Config(values)
+    config = load_config(values)
     assert values == {**values, "BOT_MODEL": config.BOT_MODEL, "OPENAI_BASE_URL": config.OPENAI_BASE_URL}
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app import db, login_manager
-from app.database import SAFE_METHODS, DatabaseQuery, autocommit
+from app.database import SAFE_METHODS, answers_within, autocommit
 from app.errors import database_unavailable
 from app.models import User
 from app.responses import conditional_response, hash_version
@@ -39,7 +39,9 @@ def load_user(session_token):
 
     For a write, read the user in a database session of its own, so that no connection is held.
     """
-    if not isinstance(session_token, str) or "\0" in session_token:  # another app with this SECRET_KEY signed it
+    if (
+        not isinstance(session_token, str) or not session_token.isascii() or "\0" in session_token
+    ):  # another app with this SECRET_KEY signed it
         return None
     valid_from = current_app.config["SESSIONS_VALID_FROM"]
     if request.method in SAFE_METHODS:
@@ -67,10 +69,7 @@ def test():
 @bp.get("/api/health")
 def health():
     """Return that the database answers; abort with 503 if it does not within HEALTH_TIMEOUT."""
-    query = DatabaseQuery(db.engine, select(User.id).limit(1))
-    query.start()
-    query.join(HEALTH_TIMEOUT)
-    if not query.is_answered:
+    if not answers_within(db.engine, select(User.id).limit(1), HEALTH_TIMEOUT):
         raise database_unavailable()
     return {"status": "ok"}
 
