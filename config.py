@@ -215,13 +215,13 @@ def check_rate_limit_storage(value):
     try:
         parts = urlsplit(check_text(value))
         places = [urlsplit(f"//{place}") for place in parts.netloc.rpartition("@")[2].split(",")]
-        is_valid = {
-            "redis": parts.hostname and (parts.port or True),
-            "rediss": parts.hostname and (parts.port or True),
-            "redis+unix": parts.path,
-            "redis+sentinel": parts.path.strip("/") and all(place.hostname and place.port for place in places),
-            "redis+cluster": all(place.hostname and place.port for place in places),
-        }.get(parts.scheme)
+        if parts.scheme in ("redis", "rediss"):
+            is_valid = parts.hostname and parts.port != 0
+        elif parts.scheme in ("redis+sentinel", "redis+cluster"):
+            is_named = parts.scheme == "redis+cluster" or parts.path.strip("/")
+            is_valid = is_named and all(place.hostname and place.port for place in places)
+        else:
+            is_valid = parts.scheme == "redis+unix" and parts.path
     except ValueError:
         raise ValueError(rule) from None
     require(is_valid, rule)
@@ -378,9 +378,9 @@ def load_config(overrides=None):
             raise ConfigError(f"{name} {error}") from None
     if config["SESSION_COOKIE_SECURE"]:
         config["SESSION_COOKIE_NAME"] = "__Host-chatbot_session"
-    elif config["SESSION_COOKIE_SAMESITE"] == "None" or config["SESSION_COOKIE_PARTITIONED"]:
-        name = "SESSION_COOKIE_PARTITIONED" if config["SESSION_COOKIE_PARTITIONED"] else "SESSION_COOKIE_SAMESITE=None"
-        raise ConfigError(f"{name} requires SESSION_COOKIE_SECURE=true")
+    for name, value in (("SESSION_COOKIE_SAMESITE", "None"), ("SESSION_COOKIE_PARTITIONED", True)):
+        if config[name] == value and not config["SESSION_COOKIE_SECURE"]:
+            raise ConfigError(f"{name} may be {value} only with SESSION_COOKIE_SECURE=true")
     config["TRUSTED_HOSTS"] = config["TRUSTED_HOSTS"] or None
     # Flask-CORS would take the brackets of an IPv6 address for a pattern's.
     literals = [re.compile(re.escape(origin) + r"\Z") for origin in config["CORS_ORIGINS"]]

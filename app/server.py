@@ -150,7 +150,7 @@ class Worker(GeventWorker):
             self.wsgi.extensions["replies"].shutdown(0)
 
     def shut_down_replies(self, timeout):
-        """As soon as the worker is told to end, wait some seconds for the replies, then store the others as they are."""
+        """When the worker is told to end, wait some seconds for the replies, then store the others as they are."""
         while self.alive:
             gevent.sleep(0.2)
         self.wsgi.extensions["replies"].shutdown(timeout)

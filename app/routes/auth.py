@@ -41,7 +41,7 @@ def load_user(session_token):
     """
     if (
         not isinstance(session_token, str) or not session_token.isascii() or "\0" in session_token
-    ):  # another app with this SECRET_KEY signed it
+    ):
         return None
     valid_from = current_app.config["SESSIONS_VALID_FROM"]
     if request.method in SAFE_METHODS:
