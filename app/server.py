@@ -142,6 +142,7 @@ class Worker(GeventWorker):
         """Serve until the worker is told to end, then wait for the replies in progress; SIGINT ends them at once."""
         reply_timeout = max(0, self.cfg.graceful_timeout - REPLY_MARGIN)
         self.cfg.set("graceful_timeout", max(0, self.cfg.graceful_timeout - CONNECTION_MARGIN))
+        gevent.get_hub().NOT_ERROR += (OSError,)  # a failed TLS handshake is the client's fault: no traceback
         try:
             shutdown = gevent.spawn(self.shut_down_replies, reply_timeout)
             super().run()

@@ -326,8 +326,8 @@ def test_overrides_win_over_environment_over_file_over_default(monkeypatch, env_
     assert load_config()["PORT"] == 1
     monkeypatch.setenv("PORT", "2")
     assert load_config()["PORT"] == 2
-    assert load_config(dict(PORT="3", TESTING=True))["PORT"] == 3
-    assert load_config(dict(TESTING=True))["TESTING"] is True
+    assert load_config({"PORT": "3", "TESTING": True})["PORT"] == 3
+    assert load_config({"TESTING": True})["TESTING"] is True
 
 
 def test_invalid_value_in_file_is_refused_unless_overridden(monkeypatch, env_file):

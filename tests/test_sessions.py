@@ -1,5 +1,6 @@
 """Sessions: their token, their end by logout or restart, their cookie."""
 
+import base64
 import random
 import re
 import time
@@ -280,7 +281,8 @@ def test_cookie_of_the_server_s_key_with_another_token_is_refused(app, ada):
     other_tokens = [
         *("", " ", "x", "1", "1.1", "A" * 43, "A" * 5000, "\0", "a\0b", "😀", "%", "' OR 1=1 --"),
         *(f"{token} ", f"{token}\n", f"{token}{token}"),
-        *(None, True, False, 0, 1, -1, 1.5, 2**62, [], [1], [token], {}, {"id": 1}),
+        *(None, True, False, 0, 1, -1, 1.5, 2**62, 10**400, [], [1], [token], {}, {"id": 1}, "\ud800", "é"),
+        *(b"x", datetime.now(UTC)),  # which Flask tags
     ]
     for other_token in other_tokens:
         cookie = sign_cookie(app, {"_user_id": other_token, "_fresh": True})
@@ -292,6 +294,22 @@ def test_cookie_of_the_server_s_key_without_token_is_refused(app, ada):
     for session in ({}, {"user_id": 1}, {"_fresh": True}, {"username": "ada"}):
         cookie = sign_cookie(app, session)
         assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED), session
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *("[]", "1", "null", '"x"', '[["_user_id", 1]]', "{", "", "[" * 5000, "9" * 5000, '{"a": NaN}'),
+        *('{" d": "x"}', '{" b": "x"}', '{" b": 1}', '{" u": "x"}', '{" t": 5}', '{" m": []}', '{"a": {" d": 1}}'),
+    ],
+)
+def test_cookie_of_the_server_s_key_with_any_payload_is_refused(app, ada, payload):
+    interface = app.session_interface
+    signer = interface.get_signing_serializer(app).make_signer(interface.salt)
+    encoded = base64.urlsafe_b64encode(payload.encode()).rstrip(b"=")
+    cookie = signer.sign(encoded).decode()
+    assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED)
 
 
 def test_cookie_of_another_key_with_the_user_s_token_is_refused(make_app, app, ada):

@@ -39,9 +39,7 @@ def load_user(session_token):
 
     For a write, read the user in a database session of its own, so that no connection is held.
     """
-    if (
-        not isinstance(session_token, str) or not session_token.isascii() or "\0" in session_token
-    ):
+    if not isinstance(session_token, str) or not session_token.isascii() or "\0" in session_token:
         return None
     valid_from = current_app.config["SESSIONS_VALID_FROM"]
     if request.method in SAFE_METHODS:
