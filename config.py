@@ -335,7 +335,7 @@ def secure_cookies(config):
         config.update(SESSION_COOKIE_SECURE=True, SESSION_COOKIE_NAME="__Host-chatbot_session")
 
 
-def check_shared_settings():
+def require_shared_settings():
     """Raise ConfigError if a setting is missing that all processes of a server must have in common."""
     for name in ("SECRET_KEY", "SESSIONS_VALID_FROM"):
         if name not in load_values():

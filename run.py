@@ -11,14 +11,14 @@ if __name__ == "__main__" and find_spec("gevent"):
 
 from app import create_app
 from app.schema import upgrade_schema
-from config import ConfigError, check_shared_settings
+from config import ConfigError, require_shared_settings
 
 APP_LOAD_ERROR = 4  # an exit status at which gunicorn stops instead of starting a worker again
 
 os.umask(0o077)  # the database and its folder are for this user only
 try:
     if __name__ != "__main__":
-        check_shared_settings()
+        require_shared_settings()
     app = create_app()
 except ConfigError as error:
     error.show()

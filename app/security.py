@@ -13,7 +13,7 @@ from limits.strategies import MovingWindowRateLimiter
 from werkzeug.exceptions import TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
 
-from app.threads import hash_in_thread
+from app.threads import run_in_threadpool
 
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
@@ -26,7 +26,7 @@ TIME_UNITS = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
 def hash_password(password):
     """Return a hash of a password in NFKC to store: keyboards differ in how they compose accented characters."""
     method = current_app.config["PASSWORD_HASH_METHOD"]
-    return hash_in_thread(generate_password_hash, unicodedata.normalize("NFKC", password), method)
+    return run_in_threadpool(generate_password_hash, unicodedata.normalize("NFKC", password), method)
 
 
 def verify_password(password_hash, password):
@@ -37,7 +37,7 @@ def verify_password(password_hash, password):
     for spelling in dict.fromkeys([unicodedata.normalize("NFKC", password), password]):
         if password_hash is None:
             hash_password(spelling)
-        elif hash_in_thread(matches_hash, password_hash, spelling):
+        elif run_in_threadpool(matches_hash, password_hash, spelling):
             return True
     return False
 
@@ -55,7 +55,7 @@ def needs_rehash(password_hash, password):
     if password_hash.partition("$")[0] != current_app.config["PASSWORD_HASH_METHOD"]:
         return True
     normalized = unicodedata.normalize("NFKC", password)
-    return normalized != password and not hash_in_thread(matches_hash, password_hash, normalized)
+    return normalized != password and not run_in_threadpool(matches_hash, password_hash, normalized)
 
 
 def authenticate(username, user, password):

@@ -25,7 +25,7 @@ query_slots = BoundedSemaphore(MAX_LONG_QUERIES)
 query_locks = WeakValueDictionary()  # by user
 
 
-def hash_in_thread(func, *args):
+def run_in_threadpool(func, *args):
     """Call a function that hashes a password, and return its result. Abort with 503 after MAX_WAIT for others."""
     return run_in_turn([hashing_slots], is_gevent_used(), func, *args)
 

@@ -291,6 +291,22 @@ def test_cookie_of_the_server_s_key_with_another_token_or_none_is_refused(app, a
         assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED), session
 
 
+@on_sqlite
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *("[]", "1", "null", '"x"', '[["_user_id", 1]]', "{", "", "[" * 5000, "9" * 5000, '{"a": NaN}'),
+        *('{" d": "x"}', '{" b": "x"}', '{" b": 1}', '{" u": "x"}', '{" t": 5}', '{" m": []}', '{"a": {" d": 1}}'),
+    ],
+)
+def test_cookie_of_the_server_s_key_with_any_payload_is_refused(app, ada, payload):
+    interface = app.session_interface
+    signer = interface.get_signing_serializer(app).make_signer(interface.salt)
+    encoded = base64.urlsafe_b64encode(payload.encode()).rstrip(b"=")
+    cookie = signer.sign(encoded).decode()
+    assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED)
+
+
 def test_cookie_of_another_key_with_the_user_s_token_is_refused(make_app, app, ada):
     cookie = sign_cookie(make_app(SECRET_KEY=OTHER_KEY), {"_user_id": get_session_token(app)})
     assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED)
