@@ -9,7 +9,7 @@ import orjson
 from flask.cli import with_appcontext
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from app import db, repeat_after_conflict
+from app import db
 from app.bot import simulated_bot
 from app.database import database_now
 from app.errors import database_error_message, get_reason
@@ -33,6 +33,12 @@ DEMO_STATUSES = {
 }
 PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
 PRUNE_PAUSE = 0.05  # seconds between two of them, in which other transactions can write
+
+
+def init_app(app):
+    """Register the commands."""
+    for command in (demo, users, prune):
+        app.cli.add_command(command)
 
 
 @click.command()
@@ -95,24 +101,14 @@ def prune(before):
     before = before.replace(tzinfo=UTC)
     if before > datetime.now(UTC):
         raise click.BadParameter("must not be in the future", param_hint="--before")
-    count = last_id = 0
+    count = 0
     try:
-        while last_id is not None:
-            last_id, deleted = repeat_after_conflict(prune_batch, before, last_id)
+        while deleted := Conversation.prune(before, PRUNE_BATCH_SIZE):
             count += deleted
             time.sleep(PRUNE_PAUSE)
     except SQLAlchemyError as error:
         raise to_click_exception(error) from error
     click.echo(f"Deleted {count} conversation{'' if count == 1 else 's'}")
-
-
-def prune_batch(before, after_id):
-    """Delete the first conversations above an id that have not changed since a date.
-
-    Returns the id of the last one, or None if there are no more, and how many were deleted.
-    """
-    ids = Conversation.list_unchanged_ids(before, after_id, PRUNE_BATCH_SIZE)
-    return (ids[-1], Conversation.prune(ids, before)) if ids else (None, 0)
 
 
 def to_click_exception(error):

@@ -13,7 +13,7 @@ from limits.strategies import MovingWindowRateLimiter
 from werkzeug.exceptions import TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
 
-from app.threads import run_in_threadpool
+from app.threads import hash_in_thread
 
 STORAGE_TIMEOUT = 1  # seconds
 STORAGE_RETRY_INTERVAL = 5  # seconds
@@ -22,7 +22,7 @@ STORAGE_LOG_INTERVAL = 60  # seconds
 
 def hash_password(password):
     """Return a hash of a password to store."""
-    return run_in_threadpool(generate_password_hash, password, current_app.config["PASSWORD_HASH_METHOD"])
+    return hash_in_thread(generate_password_hash, password, current_app.config["PASSWORD_HASH_METHOD"])
 
 
 def verify_password(password_hash, password):
@@ -33,7 +33,7 @@ def verify_password(password_hash, password):
     if password_hash is None:
         hash_password(password)
         return False
-    return run_in_threadpool(matches_hash, password_hash, password)
+    return hash_in_thread(matches_hash, password_hash, password)
 
 
 def matches_hash(password_hash, password):

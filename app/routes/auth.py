@@ -5,12 +5,11 @@ import unicodedata
 from flask import Blueprint, abort, current_app, g, request, session
 from flask_login import current_user, login_required, login_user, logout_user
 from orjson import Fragment
-from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app import db, login_manager
-from app.database import SAFE_METHODS, DatabaseQuery, autocommit
+from app.database import SAFE_METHODS, autocommit, is_answering
 from app.errors import database_unavailable
 from app.models import User
 from app.responses import conditional_response, hash_version
@@ -67,10 +66,7 @@ def test():
 @bp.get("/api/health")
 def health():
     """Return that the database answers; abort with 503 if it does not within HEALTH_TIMEOUT."""
-    query = DatabaseQuery(db.engine, select(User.id).limit(1))
-    query.start()
-    query.join(HEALTH_TIMEOUT)
-    if not query.is_answered:
+    if not is_answering(db.engine, HEALTH_TIMEOUT):
         raise database_unavailable()
     return {"status": "ok"}
 
