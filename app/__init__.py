@@ -6,6 +6,7 @@ from flask_cors import CORS
 from flask_login import LoginManager
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from itsdangerous import URLSafeSerializer
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.database import Base, Session, configure_engine, engine_options
@@ -18,9 +19,15 @@ cors = CORS()
 
 
 class SessionInterface(SecureCookieSessionInterface):
-    """Flask's signed cookies; one that another program made, even with the same key, counts as none."""
+    """Flask's signed cookies without an age, as the database ends sessions: the servers' clocks need not agree."""
+
+    def get_signing_serializer(self, app):
+        keys = [*app.config["SECRET_KEY_FALLBACKS"], app.secret_key]  # the last one signs
+        options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
+        return URLSafeSerializer(keys, self.salt, self.serializer, signer_kwargs=options)
 
     def open_session(self, app, request):
+        """Return the session of the cookie, an empty one if another program made it, even with the same key."""
         try:
             return super().open_session(app, request)
         except Exception:  # of the values that the cookie may hold, many kinds

@@ -74,6 +74,8 @@ DEFAULTS = {
     "MAX_CONCURRENT_REPLIES": 20,
     "OPENAI_BASE_URL": "https://api.openai.com/v1",
     "OPENAI_API_KEY": "",
+    "SIGNUP": "open",
+    "SEND_RATE_LIMIT": [],
     "LOG_FORMAT": "text",
 }
 

@@ -22,6 +22,7 @@ SCHEMA = {
         "last_login": TIMESTAMP,
         "last_logout": TIMESTAMP,
         "session_token": "VARCHAR(43)",
+        "is_disabled": "BOOLEAN NOT NULL",
     },
     "conversation": {
         "id": "BIGINT NOT NULL",

@@ -28,6 +28,7 @@ def upgrade():
         sa.Column("last_login", Timestamp),
         sa.Column("last_logout", Timestamp),
         sa.Column("session_token", sa.String(43)),
+        sa.Column("is_disabled", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_user"),
         sa.UniqueConstraint("user_id", name="uq_user_user_id"),
         sa.UniqueConstraint("username", name="uq_user_username"),
