@@ -209,7 +209,8 @@ def test_updated_at_is_the_time_of_the_last_change_of_a_message(ada):
     ada.put(f"/api/conversations/{id}", json={"name": "Renamed"})
     after_rename = ada.get(f"/api/conversations/{id}").json
     assert created["created_at"] == after_send["created_at"] == after_rename["created_at"]
-    assert created["updated_at"] < sent[0]["created_at"] <= after_send["updated_at"] == after_rename["updated_at"]
+    assert created["updated_at"] < after_send["updated_at"] <= sent[0]["created_at"]
+    assert after_send["updated_at"] == after_rename["updated_at"]
 
 
 # Bounds

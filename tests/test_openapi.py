@@ -154,7 +154,10 @@ def get_example(operation):
 
 def open_operation(client, operation, **values):
     """Send a valid request for an operation."""
-    return client.open(operation.url(**values), method=operation.method, json=get_example(operation))
+    body = get_example(operation)
+    if body and "message_id" in body:
+        body = {"message_id": values.get("message_id", 1)}
+    return client.open(operation.url(**values), method=operation.method, json=body)
 
 
 @pytest.fixture
@@ -222,7 +225,11 @@ def exercise_success(client):
         client.send_message(first, "Once", headers={"Idempotency-Key": "once"})
     client.send_message(first, "Other", headers={"Idempotency-Key": "once"})
     client.post(f"/api/conversations/{first}/title")
-    pages = ({}, {"limit": 1, "q": "hello", "archived": "false"}, {"limit": 1, "before": MAX_ID, "after": 0, "messages": 1, "versions": 1, "q": "machines"})
+    pages = (
+        {},
+        {"limit": 1, "q": "hello", "archived": "false"},
+        {"limit": 1, "before": MAX_ID, "after": 0, "messages": 1, "versions": 1, "q": "machines"},
+    )
     for operation in OPERATIONS:
         if operation.method == "GET":
             for values in pages:
@@ -301,6 +308,9 @@ def exercise_refusals(client, other_client, anonymous_client):
     anonymous_client.signup("ada")
     anonymous_client.signup(" ada")
     anonymous_client.login("ada", "wrong")
+    anonymous_client.signup("disabled")
+    execute(client.application, """UPDATE "user" SET is_disabled = true WHERE username = 'disabled'""")
+    anonymous_client.login("disabled")
     client.post(f"/api/logout/{other_client.user_id}")
     client.put("/api/password", json={"current_password": "wrong", "new_password": PASSWORD})
     client.delete("/api/account", json={"password": "wrong"})
@@ -348,6 +358,7 @@ def exercise_limits(create_client):
         client.login("dave", "wrong")
     client.put("/api/password", json={"current_password": "wrong", "new_password": PASSWORD})
     client.delete("/api/account", json={"password": "wrong"})
+    create_client(SIGNUP="closed").signup("eve")
     client = create_client(username="erin", MAX_CONCURRENT_REPLIES=1)
     conversation_id = client.create_conversation("Limits")
     message, _ = client.send_message(conversation_id, "Hello").json

@@ -112,7 +112,7 @@ def get_list_filters():
         abort(400, "before requires limit")
     if before and order:
         abort(400, "order=recent requires cursor instead of before")
-    if last_id and not (limit and order):
+    if updated_at and not (limit and order):
         abort(400, "cursor requires limit and order=recent")
     return {
         "folded": q and fold_case(q),
@@ -187,20 +187,26 @@ def create_conversation():
 @login_required
 def get_conversation(conversation_id):
     """Return a conversation with its messages."""
+    with_versions = get_versions_arg()
     rows, etag = read_conversations(id=conversation_id, messages=get_messages_arg())
     if etag == get_etag([]):
         abort(404, "Conversation not found")
-    return conditional_response(rows and conversation_with_versions(rows[0]), etag)
+    return conditional_response(rows and conversation_with_versions(rows[0], with_versions), etag)
 
 
-def conversation_with_versions(row):
-    """Return a row of read_conversations() as the API shows it, with versions of messages if these are asked for."""
-    return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id)}
+def get_versions_arg():
+    """Return whether the versions of messages are asked for; abort with 400 if that is invalid."""
+    return get_int_arg("versions", minimum=0, maximum=1) == 1
 
 
-def add_versions(messages_json, conversation_id):
-    """Return the messages of a JSON array; with `versions=1`, those that have several versions with the ids of all."""
-    if not get_int_arg("versions", minimum=0, maximum=1):
+def conversation_with_versions(row, with_versions):
+    """Return a row of read_conversations() as the API shows it, see add_versions()."""
+    return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id, with_versions)}
+
+
+def add_versions(messages_json, conversation_id, with_versions):
+    """Return the messages of a JSON array; those that have several versions with the ids of all, if so asked."""
+    if not with_versions:
         return Fragment(messages_json)
     versions, messages = Message.map_versions(conversation_id), orjson.loads(messages_json)
     return [
@@ -252,13 +258,13 @@ def get_conversation_or_404(conversation_id):
 @login_required
 def show_branch(conversation_id):
     """Show the branch of a message: of several versions, this one and what followed it."""
-    message_id = get_int("message_id")
+    message_id, with_versions = get_int("message_id"), get_versions_arg()
     touch_conversation_or_404(conversation_id)
     message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
     Message.show_branch(conversation_id, message.id)
     db.session.commit()
     rows = read_rows(is_long=True, with_messages=True, id=conversation_id)
-    return conversation_with_versions(rows[0]) if rows else abort(404, "Conversation not found")
+    return conversation_with_versions(rows[0], with_versions) if rows else abort(404, "Conversation not found")
 
 
 @bp.post("/api/conversations/<id:conversation_id>/title")
@@ -302,7 +308,7 @@ def search_result_to_dict(message, conversation_name, q):
 def list_messages(conversation_id):
     """List messages of a conversation, oldest first: the newest ones, or those before one."""
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
-    before = get_int_arg("before")
+    before, with_versions = get_int_arg("before"), get_versions_arg()
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
         return conditional_response(None, etag)
@@ -310,7 +316,7 @@ def list_messages(conversation_id):
     page = rows[-limit:]
     next_page = {"before": page[0].id} if len(rows) > limit else None
     messages_json = f"[{','.join(row.json for row in page)}]"
-    return conditional_response(add_versions(messages_json, conversation_id), etag, next_page)
+    return conditional_response(add_versions(messages_json, conversation_id, with_versions), etag, next_page)
 
 
 def get_conversation_etag(conversation_id):
