@@ -55,6 +55,11 @@ class Conversation(db.Model):
     )
     __mapper_args__ = {"confirm_deleted_rows": False}  # another request may have deleted it just before
 
+    @property
+    def archived(self):
+        """Return whether it is archived."""
+        return self.archived_at is not None
+
     @classmethod
     def get_for_user(cls, id, user_id):
         """Return the user's conversation, or None."""
@@ -130,7 +135,8 @@ class Conversation(db.Model):
         if with_messages:
             page = Message.select_page(cls.id, limit).subquery()
             messages = select(json_array(page.c.json)).scalar_subquery()
-        columns = [cls.id, cls.name, cls.created_at, cls.updated_at, cls.archived_at, progress.scalar_subquery()]
+        archived = cls.archived_at.is_not(None).label("archived")
+        columns = [cls.id, cls.name, cls.created_at, cls.updated_at, archived, progress.scalar_subquery()]
         return select(*columns, messages.label("messages_json")).where(cls.user_id == bindparam("user_id"))
 
     @classmethod

@@ -164,7 +164,7 @@ def conversation_to_dict(row, has_details=True):
 def get_details(conversation):
     """Return what the API shows of a conversation where a client has asked for more than what is documented."""
     return {
-        "archived": conversation.archived_at is not None,
+        "archived": conversation.archived,
         "created_at": format_timestamp(conversation.created_at),
         "updated_at": format_timestamp(conversation.updated_at),
     }
