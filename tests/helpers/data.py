@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import urljoin
 
 from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import aliased
 
 from app import db
 from app.models import Conversation, Message
@@ -28,6 +29,10 @@ def add_conversations(app, client, count, messages=0):
             senders = ["bot" if n % 2 else "user" for n in range(messages)]
             texts = [{"sender": sender, "text": f"Text {n}", "created_at": now} for n, sender in enumerate(senders)]
             db.session.execute(insert(Message), [{**row, "conversation_id": id} for id in ids for row in texts])
+            before = aliased(Message)
+            is_before = before.conversation_id == Message.conversation_id, before.id < Message.id
+            parent_id = select(func.max(before.id)).where(*is_before).scalar_subquery()
+            db.session.execute(update(Message).where(Message.conversation_id >= ids[0]).values(parent_id=parent_id))
         db.session.commit()
     return ids
 
