@@ -28,6 +28,8 @@ from app.models import exchange as exchanges
 from app.validation import is_blank
 
 MAX_REPLY_CHARS = 100_000
+MAX_BLANK_CHARS = 10_000  # before the text
+MAX_ERROR_LENGTH = 255  # of the column
 SAVE_INTERVAL = 1  # seconds between two saves of growing replies, and between two attempts to store an end
 POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
@@ -69,7 +71,7 @@ class Reply:
                 self.chunks.append(added)
                 self.length += len(added)
                 self.changed.notify_all()
-        return added == text and len(self.held) < MAX_REPLY_CHARS
+        return added == text and len(self.held) < MAX_BLANK_CHARS
 
     def hold(self, text):
         """Return the text that can be told now, and keep the rest for the next chunk."""
@@ -80,8 +82,9 @@ class Reply:
         if is_blank(text):
             self.held = text + self.held
             return ""
-        first_line = len(text) - len(text.lstrip())
-        return text[text.rfind("\n", 0, first_line) + 1 :]  # blank lines go, the indentation stays
+        while is_blank(text.partition("\n")[0]):  # blank lines go, the indentation stays
+            text = text.partition("\n")[2]
+        return text
 
     def end(self, status, error=None):
         """Set how the reply ended; return False if it has ended before."""
@@ -140,8 +143,8 @@ class Reply:
         return "".join(self.chunks)
 
     def get_end(self):
-        """Return the status and the error, as the sentence that clients get."""
-        return self.status, self.error and error_message(self.error)
+        """Return the status and the error, as the sentence that clients get; the bot may have written it."""
+        return self.status, self.error and sanitize(error_message(self.error))[:MAX_ERROR_LENGTH]
 
     def to_list(self):
         """Return the exchange as the API shows it. Raises NotFound if it was deleted."""
