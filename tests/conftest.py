@@ -89,6 +89,12 @@ class Client(FlaskClient):
         path = f"/api/conversations/{conversation_id}/messages/{message_id}/events"
         return self.get(path, buffered=buffered, **kwargs)
 
+    def list_versions(self, conversation_id, message_id):
+        return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}/versions")
+
+    def show_branch(self, conversation_id, message_id):
+        return self.put(f"/api/conversations/{conversation_id}/current", json={"message_id": message_id})
+
     def stop_reply(self, conversation_id, message_id):
         return self.post(f"/api/conversations/{conversation_id}/messages/{message_id}/stop")
 

@@ -86,9 +86,7 @@ def upgrade():
         **partial_index("idempotency_key IS NOT NULL"),
     )
     op.create_index("ix_message_parent_id", "message", ["parent_id"])
-    op.create_index(
-        "ix_message_in_progress", "message", ["conversation_id"], **partial_index("status = 'in_progress'")
-    )
+    op.create_index("ix_message_in_progress", "message", ["conversation_id"], **partial_index("status = 'in_progress'"))
 
 
 def downgrade():

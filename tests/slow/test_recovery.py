@@ -141,10 +141,10 @@ def test_stop_at_other_server_closes_connection_of_model(model, model_servers):
             seconds, response = measure(other.post, f"{exchange.path}/stop")
             rest = list(stream)
         record_measurement("seconds to stop a reply of another server", seconds)
-        assert response.status == 200
-        assert response.json["status"] == "stopped"
-        assert response.json["text"].startswith(join_deltas(received))
-        assert response.json["text"] == join_deltas(received + rest)
+        assert (response.status, response.json["status"]) == (200, "stopped")
+        # The follower has received what was not stored yet.
+        assert join_deltas(received + rest).startswith(response.json["text"])
+        assert len(join_deltas(received)) - len(response.json["text"]) < len("word ") * 20
         assert rest[-1][:2] == ("done", [exchange.question, response.json])
         assert model.wait_for_hang_up()
         assert exchange.load(ada) == response.json
@@ -221,25 +221,15 @@ def test_reply_whose_model_is_silent_for_long_is_not_taken_for_abandoned(model, 
 def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(servers):
     with servers[0].create_logged_in_client("ada") as ada, servers[1].other_client(ada) as other:
         exchange = Exchange(ada, "/slow 60")
-        complete = ada.send_message(exchange.conversation_id, "To edit").json
         with servers[0].other_client(ada) as reader:
             received = list(islice(reader.stream("GET", f"{exchange.path}/events"), 6))
-            ada.put(f"{exchange.messages_path}/{complete[0]['id']}", {"text": "/slow 60"}, **ASYNC)
             servers[0].kill()
         killed_at = time.monotonic()
-        question, reply, *rest = other.get(exchange.messages_path).json
-        assert question == exchange.question
-        assert reply["status"] == "in_progress"
+        question, reply = other.get(exchange.messages_path).json
+        assert (question, reply["status"]) == (exchange.question, "in_progress")
         assert len(reply["text"].split()) >= len(join_deltas(received).split()) - 2  # one word a second
-        assert rest == complete
-        paths = [
-            exchange.path,
-            exchange.messages_path,
-            f"/api/conversations/{exchange.conversation_id}",
-            "/api/conversations",
-            "/api/conversations?limit=5&order=recent",
-        ]
-        etags = {path: other.get(path).headers["ETag"] for path in paths}
+        path = f"/api/conversations/{exchange.conversation_id}"
+        etags = {path: other.get(path).headers["ETag"] for path in (path, "/api/conversations?limit=5")}
         with (
             servers[1].other_client(ada) as follower,
             run_in_background(lambda: list(follower.stream("GET", f"{exchange.path}/events"))) as [stream],
@@ -249,28 +239,25 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(servers)
                 assert '"failed"' in other.get(path).body.decode()
         record_measurement("seconds until the reply reads failed", time.monotonic() - killed_at)
         assert time.monotonic() - killed_at < 60
-        assert exchange.load(other) == {**reply, "status": "failed"}
-        assert other.get(exchange.messages_path).json[2:] == complete
+        assert exchange.load(other) == {**reply, "status": "failed", "error": "The server was stopped"}
         assert join_deltas(stream.result()) == reply["text"]
-        assert stream.result()[-1][0] == "error"
-        edited = other.put(f"{exchange.messages_path}/{complete[0]['id']}", {"text": "Edited"})
-        assert edited.status == 200
+        assert stream.result()[-1][:2] == ("error", {"error": "The server was stopped"})
+        assert other.send_message(exchange.conversation_id, "Again").status == 201
     assert "Traceback" not in servers[1].output
 
 
 @on_sqlite
-def test_repeat_after_kill_9_replaces_failed_reply(servers):
+def test_repeat_after_kill_9_gets_another_reply(servers):
     with servers[0].create_logged_in_client("ada") as ada, servers[1].other_client(ada) as other:
         conversation_id = ada.create_conversation()
         first = ada.send_message(conversation_id, "/slow 5", Idempotency_Key="key", **ASYNC).json
+        wait_until(lambda: ada.list_messages(conversation_id)[1]["text"])
         servers[0].kill()
         response = other.send_message(conversation_id, "/slow 5", Idempotency_Key="key")  # joins it
         assert (response.status, response.json[1]["status"]) == (201, "failed")
-        wait_until(lambda: other.list_messages(conversation_id)[1]["status"] == "failed")
         response = other.send_message(conversation_id, "/slow 5", Idempotency_Key="key")
-        assert response.status == 201
         question, reply = response.json
-        assert (question, reply["id"]) == (first[0], first[1]["id"])
+        assert (response.status, question, reply["id"] > first[1]["id"]) == (201, first[0], True)
         assert (reply["text"], reply.get("status")) == ("1 2 3 4 5 ", None)
         assert other.list_messages(conversation_id) == response.json
 
