@@ -11,7 +11,7 @@ from collections import Counter
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import BadGateway, HTTPException, NotFound, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
@@ -152,14 +152,11 @@ class Reply:
             raise NotFound("Conversation not found")
         return exchange_to_list(self.exchange, self.get_text(), *self.get_end())
 
-    def raise_error(self):
-        """Raise the error of a reply that failed without a text."""
-        if self.status == "failed" and not self.get_text():
-            raise self.error
-
 
 class StoredReply:
     """A reply that is over, or that another process generates."""
+
+    error = None  # as an exception, which only the process has that generated the reply
 
     def __init__(self, exchange):
         self.exchange = exchange
@@ -191,12 +188,6 @@ class StoredReply:
         """Return the exchange as the API shows it."""
         row = self.read()
         return exchange_to_list(self.exchange, row.text, row.status, row.error)
-
-    def raise_error(self):
-        """Raise the error of a reply that failed without a text."""
-        row = self.read()
-        if row.status == "failed" and not row.text:
-            raise BadGateway(row.error)
 
 
 def exchange_to_list(exchange, text, status, error=None):

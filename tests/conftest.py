@@ -341,6 +341,12 @@ def other_process(make_app, other_bot, ada):
     return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
 
 
+@pytest.fixture(params=["same process", "other process"])
+def second_client(request, ada, other_process):
+    """Another client with the session of ada, at the same process or at the other one."""
+    return create_other_client(ada) if request.param == "same process" else other_process
+
+
 @pytest.fixture
 def gate():
     """An event for which a bot can wait in the middle of a reply; set at the end of the test."""

@@ -141,16 +141,6 @@ def test_each_change_of_a_reply_makes_a_new_etag(make_app, bot):
             assert other.get(path).data != before.data, path
 
 
-def test_stop_in_another_process_makes_a_new_etag(make_app, bot, gate):
-    ada = create_logged_in_client(make_app(bot, **SHARED_SESSIONS), "ada")
-    bot.steps = [gate.wait]
-    _, reply = start_reply(ada, conversation_id := ada.create_conversation())
-    path = f"/api/conversations/{conversation_id}"
-    before = ada.get(path)
-    create_other_client(ada, make_app(bot, **SHARED_SESSIONS)).stop_reply(conversation_id, reply["id"])
-    check_changed(ada, path, before)
-
-
 @pytest.mark.parametrize(
     ("path", "change"),
     [

@@ -8,7 +8,7 @@ from app.bot import BotError, BotTimeout
 from tests.conftest import SHARED_SESSIONS, create_other_client, on_sqlite
 from tests.helpers.bots import ASYNC, STREAM, WAYS, Gate, each_way, join_deltas, read_events, wait_for_end
 from tests.helpers.data import add_abandoned_exchange, count_messages, execute, get_answer, get_ids, get_texts
-from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
+from tests.helpers.server import run_concurrently, run_in_background, wait_until
 
 
 class CountingBot:
@@ -146,29 +146,10 @@ def test_key_belongs_to_conversation(ada, bob, bot, conversation_id):
     assert bot.calls == 3
 
 
-def test_key_of_deleted_conversation_returns_404(ada, bot, conversation_id):
-    send(ada, conversation_id)
-    ada.delete(f"/api/conversations/{conversation_id}")
-    assert send(ada, conversation_id).status_code == 404
-
-
-def test_repeat_without_session_returns_401(ada, bot, conversation_id):
-    send(ada, conversation_id)
-    ada.logout()
-    assert send(ada, conversation_id).status_code == 401
-
-
 def test_sends_without_key_are_separate(ada, conversation_id):
     first, second = ada.send_message(conversation_id), ada.send_message(conversation_id)
     assert ada.list_messages(conversation_id) == first.json + second.json
     assert not is_replayed(second)
-
-
-@pytest.mark.parametrize(("body", "status"), [({"json": {}}, 400), ({"data": "Hello"}, 415)])
-def test_repeat_with_invalid_body_returns_error(ada, conversation_id, body, status):
-    send(ada, conversation_id)
-    path = f"/api/conversations/{conversation_id}/messages"
-    assert ada.post(path, headers={"Idempotency-Key": "key"}, **body).status_code == status
 
 
 # Repeats of what failed
@@ -245,17 +226,6 @@ def test_repeated_edit_returns_stored_exchange(ada, bot, conversation_id, repeat
     assert bot.calls == 2
 
 
-def test_repeat_of_an_edit_that_failed_gets_another_reply(ada, bot, conversation_id):
-    question, _ = ada.send_message(conversation_id).json
-    bot.failures = [BotError("down")]
-    assert edit(ada, conversation_id, question["id"]).status_code == 502
-    edited, _ = ada.list_messages(conversation_id)
-    response = edit(ada, conversation_id, question["id"])
-    assert (response.status_code, get_texts(response.json)) == (200, ["Edited", "Reply 3!"])
-    assert response.json[0] == edited
-    assert ada.list_messages(conversation_id) == response.json
-
-
 def test_key_of_an_edited_message_goes_on_belonging_to_it(ada, bot, conversation_id):
     exchange = send(ada, conversation_id).json
     edited = ada.edit_message(conversation_id, exchange[0]["id"], "Edited").json
@@ -263,13 +233,6 @@ def test_key_of_an_edited_message_goes_on_belonging_to_it(ada, bot, conversation
     assert (response.status_code, is_replayed(response), response.json) == (201, True, exchange)
     assert send(ada, conversation_id, "Edited").status_code == 409
     assert ada.list_messages(conversation_id) == edited
-
-
-def test_repeat_after_regeneration_returns_the_current_reply(ada, bot, conversation_id):
-    question, _ = send(ada, conversation_id).json
-    exchange = ada.edit_message(conversation_id, question["id"], "Hello").json
-    assert send(ada, conversation_id).json == exchange
-    assert exchange[1]["text"] == "Reply 2!"
 
 
 # Repeats while the reply is in progress
@@ -294,22 +257,6 @@ def test_repeat_while_reply_is_in_progress_joins_it(ada, bot, conversation_id, r
     assert bot.calls == 1
 
 
-def test_repeat_with_other_text_while_reply_is_in_progress_returns_409(ada, bot, conversation_id, repeater):
-    bot.gate.clear()
-    send(ada, conversation_id, headers=ASYNC)
-    assert send(repeater, conversation_id, "Other").status_code == 409
-    bot.gate.set()
-    assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "Reply 1!"]
-
-
-def test_repeat_while_conversation_is_deleted_returns_404(ada, bot, conversation_id, repeater):
-    bot.gate.clear()
-    send(ada, conversation_id, headers=ASYNC)
-    with run_in_background(lambda: send(repeater, conversation_id)) as [repeating]:
-        assert ada.delete(f"/api/conversations/{conversation_id}").status_code == 204
-        assert get_answer(repeating.result(TIMEOUT)) == (404, {"error": "Conversation not found"})
-
-
 def create_clients(client, other_app, count):
     """Return clients with the same session, alternately at two processes."""
     return [create_other_client(client, other_app if number % 2 else None) for number in range(count)]
@@ -322,15 +269,6 @@ def test_concurrent_sends_with_one_key_ask_bot_once(ada, bot, conversation_id, o
     exchange = wait_for_end(ada, conversation_id)
     assert [get_ids(get_exchange(response)) for response in responses] == [get_ids(exchange)] * 8
     assert len(exchange) == 2
-    assert bot.calls == 1
-
-
-def test_of_concurrent_sends_with_one_key_and_different_texts_one_is_stored(ada, bot, conversation_id, other_app):
-    clients = create_clients(ada, other_app, 4)
-    responses = run_concurrently(4, lambda number: send(clients[number], conversation_id, f"Text {number}"))
-    assert sorted(response.status_code for response in responses) == [201, 409, 409, 409]
-    [accepted] = [response.json for response in responses if response.status_code == 201]
-    assert ada.list_messages(conversation_id) == accepted
     assert bot.calls == 1
 
 

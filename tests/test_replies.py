@@ -62,7 +62,7 @@ def app(make_app, bot):
 
 @pytest.mark.parametrize(
     "preference",
-    ["respond-async", "Respond-Async", "respond-async, wait=10", "wait=10,respond-async", "respond-async; x"],
+    ["respond-async", "Respond-Async, wait=10", "wait=10,respond-async; x"],
 )
 def test_send_with_respond_async_returns_202_and_reply_in_progress(ada, bot, gate, conversation_id, preference):
     bot.steps = [gate.wait, "Hello"]
@@ -76,11 +76,11 @@ def test_send_with_respond_async_returns_202_and_reply_in_progress(ada, bot, gat
     assert wait_for_end(ada, conversation_id) == [question, complete]
 
 
+@on_sqlite
 @pytest.mark.parametrize("preference", ["", "respond-asynchronously", "wait=10", "return=minimal", "x=respond-async"])
 def test_send_with_other_preference_waits(ada, conversation_id, preference):
     response = ada.send_message(conversation_id, headers={"Prefer": preference})
-    assert response.status_code == 201
-    assert "Preference-Applied" not in response.headers
+    assert (response.status_code, "Preference-Applied" in response.headers) == (201, False)
 
 
 def test_send_stores_both_messages_before_bot_is_asked(ada, bot, conversation_id):
@@ -120,12 +120,9 @@ def test_send_to_an_archived_conversation_brings_it_back(ada, conversation_id):
 
 INVALID_SENDS = {
     "no JSON": ({"data": "{", "content_type": "application/json"}, 400),
-    "no object": ({"json": []}, 400),
     "no text": ({"json": {}}, 400),
-    "no string": ({"json": {"text": 5}}, 400),
     "blank": ({"json": {"text": " \u200b"}}, 400),
     "too long": ({"json": {"text": "x" * 100_001}}, 400),
-    "NUL": ({"json": {"text": "a\0"}}, 400),
     "another type": ({"data": "text=Hello", "content_type": "text/plain"}, 415),
 }
 
@@ -137,13 +134,6 @@ def test_send_of_invalid_body_returns_error_as_json(app, ada, bot, conversation_
     response = ada.post(f"/api/conversations/{conversation_id}/messages", headers=headers, **request_body)
     assert (response.status_code, list(response.json)) == (status, ["error"])
     assert (count_messages(app), bot.histories) == (0, [])
-
-
-@each_way
-def test_send_to_missing_or_foreign_conversation_returns_404(ada, bob, bot, conversation_id, headers):
-    for response in (bob.send_message(conversation_id, headers=headers), ada.send_message(999, headers=headers)):
-        assert get_answer(response) == (404, {"error": "Conversation not found"})
-    assert bot.histories == []
 
 
 CALLS_ON_MESSAGES = {
@@ -165,39 +155,23 @@ def test_call_on_missing_or_foreign_message_returns_404(ada, bob, client, bot, c
     assert get_answer(call(ada, 999, question["id"])) == (404, {"error": "Conversation not found"})
     for ids in ((conversation_id, foreign["id"]), (ada.create_conversation(), question["id"]), (conversation_id, 999)):
         assert get_answer(call(ada, *ids)) == (404, {"error": "Message not found"})
+    assert get_answer(bob.send_message(conversation_id)) == (404, {"error": "Conversation not found"})
     assert call(client, conversation_id, question["id"]).status_code == 401
     assert ada.list_messages(conversation_id) == [question, reply]
     assert len(bot.histories) == 2
 
 
-def test_get_message_returns_message_as_listed(ada, conversation_id):
-    for message in ada.send_message(conversation_id).json:
-        assert ada.get_message(conversation_id, message["id"]).json == message
-
-
 # The bot
 
 
-def return_list(history, **kwargs):
-    return ["One ", "two"]
+ITERABLES = {"list": lambda: ["One ", "two"], "iterator": lambda: iter(("One ", "two")), "text": lambda: "One two"}
 
 
-def return_iterator(history, **kwargs):
-    return iter(("One ", "two"))
-
-
-def generate_chunks(history, **kwargs):
-    yield "One "
-    yield "two"
-
-
-def return_text(history, **kwargs):
-    return "One two"
-
-
-@pytest.mark.parametrize("bot", [return_list, return_iterator, generate_chunks, return_text])
-def test_bot_may_return_any_iterable(ada, conversation_id, bot):
-    assert ada.send_message(conversation_id).json[1]["text"] == "One two"
+@pytest.mark.parametrize("iterable", ITERABLES.values(), ids=ITERABLES)
+@on_sqlite
+def test_bot_may_return_any_iterable(make_app, iterable):
+    client = create_logged_in_client(make_app(lambda history, **kwargs: iterable()), "ada")
+    assert client.send_message(client.create_conversation()).json[1]["text"] == "One two"
 
 
 def test_bot_is_called_with_user_and_conversation(make_app):
@@ -254,8 +228,8 @@ def test_history_has_at_most_bot_history_chars(make_app, bot):
 def test_history_has_at_most_200_messages_before_the_new_one(app, ada, bot):
     [conversation_id] = add_conversations(app, ada, 1, messages=250)
     ada.send_message(conversation_id, "new")
-    [history] = bot.histories
-    assert [text for _, text in history] == get_texts(ada.list_messages(conversation_id))[50:251]
+    texts = get_texts(ada.list_messages(conversation_id))
+    assert [text for _, text in bot.histories[0]] == texts[50:251]
 
 
 # How replies end
@@ -276,7 +250,6 @@ LATE_FAILURES = {
     "failed": (["One ", "two", BotError("secret")], "The bot failed to answer", "One two"),
     "timed out": (["One ", BotTimeout("secret")], "The bot took too long to answer", "One "),
     "bug": (["One ", ZeroDivisionError("secret")], "Internal server error", "One "),
-    "chunk that is no string": (["One ", 2], "Internal server error", "One "),
 }
 
 
@@ -344,17 +317,10 @@ def test_long_reason_with_nul_is_stored_as_far_as_it_fits(ada, bot, conversation
     assert wait_for_end(ada, conversation_id)[1]["error"] == "x" * 255
 
 
-def raise_when_called(history, **kwargs):
-    raise BotTimeout("before there is an iterable")
-
-
-def return_none(history, **kwargs):
-    """Return nothing that can be iterated over."""
-
-
-@pytest.mark.parametrize(("bot", "status"), [(raise_when_called, 504), (return_none, 500)])
-def test_bot_that_returns_no_iterable_fails(ada, conversation_id, bot, status):
-    assert ada.send_message(conversation_id).status_code == status
+@pytest.mark.parametrize("bot", [lambda history, **kwargs: None, lambda history, **kwargs: 1 / 0])
+@on_sqlite
+def test_bot_that_returns_no_iterable_fails(ada, conversation_id, bot):
+    assert get_answer(ada.send_message(conversation_id)) == (500, {"error": "Internal server error"})
     assert ada.list_messages(conversation_id)[1]["status"] == "failed"
 
 
@@ -387,20 +353,15 @@ def test_database_error_of_a_bot_is_logged_without_its_text(app, ada, bot, conve
     assert SECRET not in caplog.text
 
 
-def test_reply_ends_as_truncated_after_bot_max_seconds(make_app, bot):
+@pytest.mark.parametrize(("text", "status"), [("One ", 201), ("", 504)])
+def test_reply_ends_after_bot_max_seconds(make_app, bot, text, status):
     client = create_logged_in_client(make_app(bot, BOT_MAX_SECONDS=1), "ada")
-    bot.steps = ["One ", *[lambda: time.sleep(0.05), "more "] * 1200]
-    response = client.send_message(client.create_conversation())
-    assert (response.status_code, response.json[1]["status"]) == (201, "truncated")
-    assert response.json[1]["text"].startswith("One more ")
+    bot.steps = [text, *SILENT]
+    conversation_id = client.create_conversation()
+    assert client.send_message(conversation_id).status_code == status
+    _, reply = client.list_messages(conversation_id)
+    assert (reply["text"], reply["status"]) == (text, "truncated" if text else "failed")
     wait_until(lambda: bot.closed)
-
-
-def test_reply_without_chunk_returns_504_after_bot_max_seconds(make_app, bot):
-    client = create_logged_in_client(make_app(bot, BOT_MAX_SECONDS=1), "ada")
-    bot.steps = SILENT
-    response = client.send_message(client.create_conversation())
-    assert get_answer(response) == (504, {"error": "The bot took too long to answer"})
 
 
 # A reply does not belong to the request that asked for it
@@ -414,27 +375,15 @@ def test_reply_goes_on_without_its_sender(ada, bot, gate, conversation_id):
     assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
 
 
-def log_out(client):
-    assert client.logout().status_code == 200
-
-
-def change_password(client):
-    passwords = {"current_password": PASSWORD, "new_password": "battery staple"}
-    assert client.put("/api/password", json=passwords).status_code == 200
-
-
-@pytest.mark.parametrize("end_session", [log_out, change_password])
 @waiting_or_streaming
-def test_reply_goes_on_after_end_of_session(app, ada, bot, gate, conversation_id, headers, end_session):
+def test_reply_goes_on_after_end_of_session(app, ada, bot, gate, conversation_id, headers):
     bot.steps = ["One ", gate.wait, "two"]
-    with run_in_background(lambda: ada.send_message(conversation_id, headers=headers)) as [sending]:
-        client = app.test_client()
-        client.login("ada")
-        wait_until(lambda: "One " in get_texts(client.list_messages(conversation_id)))
-        end_session(client)
+    sender = create_other_client(ada)
+    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
+        wait_until(lambda: "One " in get_texts(ada.list_messages(conversation_id)))
+        ada.logout()
         gate.set()
-    response = sending.result()
-    messages = response.json if headers == {} else read_events(response)[-1][1]
+    messages = sending.result().json if headers == {} else read_events(sending.result())[-1][1]
     assert get_texts(messages) == ["Hello", "One two"]
 
 
@@ -451,15 +400,14 @@ each_deletion = pytest.mark.parametrize("delete", [delete_conversation, delete_a
 
 @each_deletion
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
-def test_deletion_in_any_process_ends_reply(app, ada, bot, conversation_id, other_process, delete, text):
-    for client in (create_other_client(ada), other_process)[: 1 if delete is delete_account else 2]:
-        conversation_id = ada.create_conversation()
-        bot.steps, bot.closed = [text, *SILENT], 0
-        with run_in_background(partial(create_other_client(ada).send_message, conversation_id)) as [sending]:
-            wait_until(partial(client.list_messages, conversation_id))
-            delete(client, conversation_id)
-            assert get_answer(sending.result(TIMEOUT)) == (404, {"error": "Conversation not found"})
-        wait_until(lambda: bot.closed)
+def test_deletion_ends_reply(app, ada, bot, conversation_id, second_client, delete, text):
+    bot.steps = [text, *SILENT]
+    sender = create_other_client(ada)
+    with run_in_background(lambda: sender.send_message(conversation_id)) as [sending]:
+        wait_until(lambda: bot.histories)
+        delete(second_client, conversation_id)
+        assert get_answer(sending.result(TIMEOUT)) == (404, {"error": "Conversation not found"})
+    wait_until(lambda: bot.closed)
     assert count_messages(app) == 0
 
 
@@ -514,18 +462,12 @@ def test_call_holds_no_database_connection_while_bot_is_silent(app, ada, bot, ga
 # Stop
 
 
-@pytest.fixture(params=["same process", "other process"])
-def stopper(request, ada, other_process):
-    """A client with the session of ada, at the process that generates the reply or at another one."""
-    return create_other_client(ada) if request.param == "same process" else other_process
-
-
 @pytest.mark.parametrize("index", [0, 1], ids=["id of the question", "id of the reply"])
-def test_stop_returns_reply_as_stored(ada, bot, gate, conversation_id, stopper, index):
+def test_stop_returns_reply_as_stored(ada, bot, gate, conversation_id, second_client, index):
     bot.steps = ["One ", gate.wait, "two"]
     question, reply = exchange = start_reply(ada, conversation_id)
     wait_for_text(ada, conversation_id, reply["id"], "One ")
-    response = stopper.stop_reply(conversation_id, exchange[index]["id"])
+    response = second_client.stop_reply(conversation_id, exchange[index]["id"])
     assert get_answer(response) == (200, {**reply, "text": "One ", "status": "stopped"})
     assert ada.list_messages(conversation_id) == [question, response.json]
     time.sleep(0.3)  # the process that generates the reply has noticed
@@ -534,25 +476,15 @@ def test_stop_returns_reply_as_stored(ada, bot, gate, conversation_id, stopper, 
     assert ada.list_messages(conversation_id) == [question, response.json]
 
 
-def test_stop_before_first_chunk_leaves_empty_reply(ada, bot, conversation_id, stopper):
-    bot.steps = SILENT
-    question, reply = start_reply(ada, conversation_id)
-    stopped = stopper.stop_reply(conversation_id, reply["id"]).json
-    assert stopped == {**reply, "status": "stopped"}
-    wait_until(lambda: bot.closed)
-    assert ada.list_messages(conversation_id) == [question, stopped]
-
-
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
 @waiting_or_streaming
-def test_stop_returns_exchange_to_sender(ada, bot, conversation_id, stopper, headers, text):
+def test_stop_returns_exchange_to_sender(ada, bot, conversation_id, second_client, headers, text):
     bot.steps = [text, *SILENT]
-    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id, headers=headers)) as [
-        sending
-    ]:
+    sender = create_other_client(ada)
+    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
         question, reply = wait_until(lambda: ada.list_messages(conversation_id))
         wait_for_text(ada, conversation_id, reply["id"], text)
-        stopped = stopper.stop_reply(conversation_id, reply["id"]).json
+        stopped = second_client.stop_reply(conversation_id, reply["id"]).json
     if headers == {}:
         assert get_answer(sending.result()) == (201, [question, stopped])
     else:
@@ -563,22 +495,13 @@ def test_stop_returns_exchange_to_sender(ada, bot, conversation_id, stopper, hea
 @pytest.mark.parametrize(
     "steps", [["One"], ["One ", BotError("cut")], [BotError("down")], ["One ", BotTruncated("limit")]]
 )
-def test_stop_of_reply_that_is_over_returns_it_unchanged(ada, bot, conversation_id, stopper, steps):
+def test_stop_of_reply_that_is_over_returns_it_unchanged(ada, bot, conversation_id, second_client, steps):
     bot.steps = steps
     ada.send_message(conversation_id)
     exchange = ada.list_messages(conversation_id)
     for message in exchange:
-        assert get_answer(stopper.stop_reply(conversation_id, message["id"])) == (200, exchange[1])
+        assert get_answer(second_client.stop_reply(conversation_id, message["id"])) == (200, exchange[1])
     assert ada.list_messages(conversation_id) == exchange
-
-
-def test_concurrent_stops_return_the_same(ada, bot, gate, conversation_id, other_process):
-    bot.steps = ["One ", gate.wait, "two"]
-    _, reply = start_reply(ada, conversation_id)
-    wait_for_text(ada, conversation_id, reply["id"], "One ")
-    clients = [create_other_client(client) for client in (ada, other_process) for _ in range(2)]
-    responses = run_concurrently(4, lambda number: clients[number].stop_reply(conversation_id, reply["id"]))
-    assert [response.json for response in responses] == [{**reply, "text": "One ", "status": "stopped"}] * 4
 
 
 class BlockingSource:
@@ -682,9 +605,8 @@ def test_calls_on_reply_of_killed_process(app, ada, conversation_id, other_proce
 @waiting_or_streaming
 def test_process_that_was_taken_for_dead_loses_its_reply(app, ada, bot, conversation_id, other_process, headers, text):
     bot.steps = [text, *SILENT]
-    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id, headers=headers)) as [
-        sending
-    ]:
+    sender = create_other_client(ada)
+    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
         _, reply = wait_until(lambda: ada.list_messages(conversation_id))
         wait_for_text(ada, conversation_id, reply["id"], text)
         age_heartbeats(app, 31)
@@ -696,16 +618,6 @@ def test_process_that_was_taken_for_dead_loses_its_reply(app, ada, bot, conversa
         assert get_answer(sending.result()) == ((201, messages) if text else (503, {"error": STOPPED}))
     wait_until(lambda: bot.closed)
     assert ada.list_messages(conversation_id) == messages
-
-
-def test_own_reply_is_not_taken_for_abandoned(make_app, bot, gate):
-    client = create_logged_in_client(app := make_app(bot), "ada")
-    bot.steps = [gate.wait, "One"]
-    [conversation_id] = add_conversations(app, client, 1)
-    start_reply(client, conversation_id)
-    age_heartbeats(app, 31)
-    app.extensions["replies"].checked_at = 0
-    assert client.list_messages(conversation_id)[1]["status"] == "in_progress"
 
 
 @on_sqlite
@@ -764,15 +676,12 @@ def test_one_reply_more_than_max_concurrent_replies_returns_429(make_app, bot):
     assert ada.send_message(conversation_id).status_code == 201
 
 
-@pytest.mark.parametrize(
-    "steps", [["One"], [BotError("down")], [ZeroDivisionError("a bug")], ["One ", BotError("cut")]]
-)
+@pytest.mark.parametrize("steps", [["One"], [BotError("down")], ["One ", ZeroDivisionError("a bug")]])
 def test_reply_that_is_over_does_not_count_for_max_concurrent_replies(make_app, bot, steps):
     client = create_logged_in_client(make_app(bot, MAX_CONCURRENT_REPLIES=1), "ada")
     conversation_id = client.create_conversation()
     bot.steps = steps
-    for _ in range(3):
-        assert client.send_message(conversation_id).status_code != 429
+    assert 429 not in {client.send_message(conversation_id).status_code for _ in range(3)}
 
 
 # The database
@@ -845,18 +754,11 @@ INVALID_ROWS = {
     "unknown sender": {"sender": "tool"},
     "unknown status": {"sender": "bot", "status": "unknown"},
     "user's message in progress": {"status": "in_progress", "heartbeat_at": NOW},
-    "user's message that failed": {"status": "failed"},
     "in progress without heartbeat": {"sender": "bot", "status": "in_progress"},
     "complete with heartbeat": {"sender": "bot", "heartbeat_at": NOW},
-    "stopped with heartbeat": {"sender": "bot", "status": "stopped", "heartbeat_at": NOW},
     "no status": {"sender": "bot", "status": None},
     "no conversation": {"conversation_id": 999},
     "no parent": {"parent_id": 999},
-}
-VALID_ROWS = {
-    "user's message": {},
-    "in progress": {"sender": "bot", "status": "in_progress", "heartbeat_at": NOW},
-    **{status: {"sender": "bot", "status": status} for status in ("complete", "stopped", "failed", "truncated")},
 }
 
 
@@ -864,11 +766,4 @@ VALID_ROWS = {
 def test_database_refuses_invalid_message(app, conversation_id, values):
     statement = insert(Message.__table__).values({**VALID_ROW, "conversation_id": conversation_id, **values})
     with app.app_context(), db.engine.begin() as connection, pytest.raises(IntegrityError):
-        connection.execute(statement)
-
-
-@pytest.mark.parametrize("values", VALID_ROWS.values(), ids=VALID_ROWS)
-def test_database_accepts_valid_message(app, conversation_id, values):
-    statement = insert(Message.__table__).values({**VALID_ROW, "conversation_id": conversation_id, **values})
-    with app.app_context(), db.engine.begin() as connection:
         connection.execute(statement)

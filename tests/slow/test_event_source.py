@@ -161,19 +161,6 @@ def test_page_stops_reply_that_it_follows(chat):
     assert chat.list_messages()[1] == stopped["json"]
 
 
-def test_page_regenerates_reply(chat):
-    question, reply = chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["json"]
-    assert chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["replayed"] == "true"
-    started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 2"}, Prefer="respond-async")
-    assert started["status"] == 202
-    assert started["json"][1]["id"] != reply["id"]
-    chat.follow(question["id"])
-    result = chat.wait_for_end()
-    assert result["text"] == "1 2 "
-    assert result["dones"] == [chat.list_messages()]
-    assert result["dones"][0][1]["id"] == started["json"][1]["id"]
-
-
 def test_page_edits_message(chat):
     question, reply = chat.call("POST", chat.path, {"text": "Hello"})["json"]
     started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 3"}, Prefer="respond-async")["json"]
