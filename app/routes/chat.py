@@ -10,7 +10,7 @@ from flask import Blueprint, abort, current_app, g, make_response, request, stre
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadGateway, HTTPException
 
 from app import db
 from app.database import MAX_ID, fold_case, format_timestamp
@@ -453,8 +453,7 @@ def respond_with_reply(exchange, status):
     if wants_stream():
         return stream_reply(reply, wait_for_first(reply))
     wait_for(reply)
-    reply.raise_error()
-    return reply.to_list(), status
+    return get_ended_exchange(reply), status
 
 
 def wait_for(reply):
@@ -471,8 +470,16 @@ def wait_for_first(reply):
     updates = reply.follow()
     first = list(islice(updates, 1))
     if not first:
-        reply.raise_error()
+        get_ended_exchange(reply)
     return chain(first, updates)
+
+
+def get_ended_exchange(reply):
+    """Return the exchange of a reply that is over; raise the error of one that failed without a text."""
+    question, message = reply.to_list()
+    if message.get("status") == "failed" and not message["text"]:
+        raise reply.error or BadGateway(message["error"])
+    return [question, message]
 
 
 def stream_reply(reply, updates, offset=None):
