@@ -266,9 +266,7 @@ class ReplyManager:
     def release(self, user_id):
         """Count one reply of a user less."""
         with self.lock:
-            self.counts[user_id] -= 1
-            if not self.counts[user_id]:
-                del self.counts[user_id]
+            self.counts -= Counter([user_id])  # which drops a count of 0
 
     @contextmanager
     def reserved(self, user_id):
