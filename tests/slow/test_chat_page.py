@@ -57,11 +57,11 @@ def serve_pages(project, configuration, host="127.0.0.1"):
 
 
 class ChatPage:
-    """A page with a new conversation of a new user, in a browser of its own."""
+    """A page with a new conversation of a new user."""
 
-    def __init__(self, browser, url):
-        self.context = browser.new_context()
-        self.page = self.context.new_page()
+    def __init__(self, context, url):
+        context.clear_cookies()
+        self.page = context.new_page()
         self.page.set_default_timeout(TIMEOUT * 1000)
         self.is_assistant_ui = url.endswith(PAGES[1])
         self.page.goto(url)
@@ -86,23 +86,27 @@ class ChatPage:
         """Wait until the last element of a selector has a text."""
         self.page.locator(selector).last.filter(has_text=text).wait_for()
 
-    @contextmanager
-    def loading(self):
-        """Wait until the page has loaded what is stored, as it does after each reply."""
-        with self.page.expect_response(lambda response: "versions=1" in response.url) as response:
-            yield
-        response.value.finished()
-        self.page.wait_for_timeout(100)
+    def wait_until_stored(self, count=0):
+        """Wait until the page has at least some messages and has loaded all of them: the API's ids are numbers."""
+        get_ids = "messages => messages.map(message => message.dataset.messageId)"
+
+        def is_stored():
+            ids = self.page.locator("[data-message-id]").evaluate_all(get_ids)
+            is_ready = self.page.locator("output").all_text_contents() == ["ready"]
+            return is_ready and len(ids) >= count and all(map(str.isdecimal, ids))
+
+        wait_until(is_stored)
 
     def ask(self, *texts):
         """Send messages and wait for the reply to each."""
         for text in texts:
-            with self.loading():
-                self.send(text)
+            count = len(self.texts())
+            self.send(text)
+            self.wait_until_stored(count + 2)
 
     def reload(self):
-        with self.loading():
-            self.page.reload()
+        self.page.reload()
+        self.wait_until_stored(1)
 
     def texts(self):
         """Return the texts of the messages that the page shows."""
@@ -132,11 +136,17 @@ def url(project, server):
         yield url
 
 
+@pytest.fixture(scope="module")
+def context(browser):
+    """A browser whose cache saves most of the time that a page takes to load."""
+    return browser.new_context()
+
+
 @pytest.fixture(params=PAGES)
-def chat(request, browser, url):
-    chat = ChatPage(browser, f"{url}/{request.param}")
+def chat(request, context, url):
+    chat = ChatPage(context, f"{url}/{request.param}")
     yield chat
-    chat.context.close()
+    chat.page.close()
 
 
 on_assistant_ui = pytest.mark.parametrize("chat", PAGES[1:], indirect=True)
@@ -146,17 +156,16 @@ def test_examples_compile(project):
     run_npm(project, "run", "--silent", "check")
 
 
-@pytest.mark.parametrize("change_origin", [False, True])
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_page_behind_the_proxy_streams_a_reply(project, server, browser, host, change_origin):
+@pytest.mark.parametrize(("host", "change_origin"), [("localhost", False), ("127.0.0.1", True)])
+def test_page_behind_the_proxy_streams_a_reply(project, server, context, host, change_origin):
     proxy = {"/api/": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
     with serve_pages(project, f"export default {{ server: {{ proxy: {json.dumps(proxy)} }} }};", host) as url:
-        chat = ChatPage(browser, url)
+        chat = ChatPage(context, url)
         chat.send("/slow 4")
         chat.wait_for(".assistant", "1 2")
         assert "4" not in chat.texts()[1]
         chat.wait_for_texts("/slow 4", "1 2 3 4")
-        chat.context.close()
+        chat.page.close()
 
 
 @on_sqlite
@@ -188,28 +197,27 @@ def test_page_stops_a_reply(chat, is_reloaded):
 
 
 @on_sqlite
-def test_page_stops_a_reply_before_its_first_word_and_regenerates_it(project, serve, browser):
+def test_page_stops_a_reply_before_its_first_word_and_regenerates_it(project, serve, context):
     with running(ModelServer()) as model:
         model.script = [stall]
         with serve_pages(project, configure_proxy(serve(**model.settings()))) as url:
-            chat = ChatPage(browser, url)
+            chat = ChatPage(context, url)
             chat.send("Hi")
             wait_until(lambda: model.requests)
-            with chat.loading():
-                chat.click("Stop")
+            chat.click("Stop")
             assert chat.wait_for_stored_status("stopped") == ""
+            chat.wait_until_stored(2)
             model.script = ["Hello", " there."]
             chat.click("Regenerate")
             chat.wait_for_texts("Hi", "Hello there.")
             assert chat.stored() == [("Hi", None), ("Hello there.", None)]
-            chat.context.close()
+            chat.page.close()
 
 
 def test_page_regenerates_a_reply_and_shows_its_versions(chat):
     chat.ask("/long 3")
     for count in (2, 3):  # the second time after a reload
-        with chat.loading():
-            chat.click("Regenerate")
+        chat.click("Regenerate")
         chat.wait_for(".versions", f"{count}/{count}")
         chat.reload()
         chat.wait_for(".versions", f"{count}/{count}")
@@ -218,14 +226,12 @@ def test_page_regenerates_a_reply_and_shows_its_versions(chat):
 
 def test_page_edits_a_message_and_shows_its_versions(chat):
     chat.ask("/long 3", "/long 4")
-    with chat.loading():
-        chat.edit("/long 5")
+    chat.edit("/long 5")
     chat.wait_for_texts("/long 5", "1 2 3 4 5")
     chat.wait_for(".versions", "2/2")
     chat.click("Previous version")
     chat.wait_for_texts("/long 3", "1 2 3", "/long 4", "1 2 3 4")
-    with chat.loading():
-        chat.edit("/long 6")  # the old version, not the one that replaced it
+    chat.edit("/long 6")  # the old version, not the one that replaced it
     chat.wait_for(".versions", "3/3")
     assert chat.stored() == [("/long 6", None), ("1 2 3 4 5 6", None)]
     chat.reload()
@@ -234,19 +240,16 @@ def test_page_edits_a_message_and_shows_its_versions(chat):
 
 @pytest.mark.parametrize(("text", "reply"), [("/fail", ""), ("/drop 3", "1 2 3")])
 def test_page_shows_why_a_reply_failed_and_generates_it_again(chat, text, reply):
-    with chat.loading():
-        chat.send(text)
-    for _ in range(2):
+    chat.ask(text)
+    for _ in range(2):  # the second time after a reload
         chat.wait_for('[role="alert"]', "The bot failed to answer")
         assert chat.page.get_by_role("alert").count() == 1
         assert chat.texts() == [text, reply]
         chat.reload()
     assert chat.stored() == [(text, None), (reply, "failed")]
-    with chat.loading():
-        chat.click("Regenerate")
+    chat.click("Regenerate")
     chat.wait_for(".versions", "2/2")
-    with chat.loading():
-        chat.edit("/long 2")
+    chat.edit("/long 2")
     chat.wait_for_texts("/long 2", "1 2")
     assert chat.page.get_by_role("alert").count() == 0
 
@@ -254,8 +257,8 @@ def test_page_shows_why_a_reply_failed_and_generates_it_again(chat, text, reply)
 def test_page_keeps_a_message_that_is_refused(chat):
     text = "x" * 100_001
     chat.send(text)
-    chat.wait_for('[role="alert"]', "text must be at most 100,000 characters")
-    assert chat.texts() == [text]
+    chat.wait_for('[role="alert"]', "text must be 1 to 100000 characters long and not blank")
+    assert chat.texts()[0] == text
 
 
 def test_reloaded_page_resumes_a_reply(chat):
@@ -263,7 +266,6 @@ def test_reloaded_page_resumes_a_reply(chat):
     chat.wait_for(".assistant", "1 2")
     chat.page.reload()
     chat.wait_for_texts("/slow 6", "1 2 3 4 5 6")
-    assert chat.page.locator("output").inner_text() == "streaming"
     chat.wait_for("output", "ready")
 
 
@@ -280,7 +282,7 @@ class ThreadList:
     """The thread list of assistant-ui."""
 
     def __init__(self, chat):
-        self.chat, self.page = chat, chat.page
+        self.page = chat.page
 
     def titles(self, archived=False):
         titles = self.page.locator(f".threads > {'details >' if archived else ''} .item .title").all_text_contents()
@@ -292,10 +294,10 @@ class ThreadList:
     def click(self, title, name):
         self.page.locator(".item").filter(has_text=title).get_by_role("button", name=name, exact=True).click()
 
-    def stored(self):
-        """Return the names of all conversations in the API and whether they are archived."""
+    def wait_for_stored(self, *conversations):
+        """Wait for the names of all conversations in the API and whether they are archived."""
         script = "() => fetch('/api/conversations?messages=0').then(response => response.json())"
-        return [(conversation["name"], conversation["archived"]) for conversation in self.page.evaluate(script)]
+        wait_until(lambda: [(row["name"], row["archived"]) for row in self.page.evaluate(script)] == [*conversations])
 
 
 @pytest.fixture
@@ -313,8 +315,8 @@ def thread_list(chat):
 
 @on_assistant_ui
 def test_thread_list_creates_conversations_with_titles_and_switches_between_them(chat, thread_list):
-    assert thread_list.stored() == [("/long 3", False), ("/long 4", False)]
-    for _ in range(2):
+    thread_list.wait_for_stored(("/long 3", False), ("/long 4", False))
+    for _ in range(2):  # the second time after a reload
         thread_list.click("/long 3", "/long 3")
         chat.wait_for_texts("/long 3", "1 2 3")
         thread_list.click("/long 4", "/long 4")
@@ -325,30 +327,21 @@ def test_thread_list_creates_conversations_with_titles_and_switches_between_them
 
 
 @on_assistant_ui
-def test_thread_list_renames_a_conversation(chat, thread_list):
-    chat.page.once("dialog", lambda dialog: dialog.accept("Numbers"))
-    thread_list.click("/long 3", "Rename")
-    thread_list.wait_for_titles("/long 4", "Numbers")
-    wait_until(lambda: thread_list.stored() == [("Numbers", False), ("/long 4", False)])
-
-
-@on_assistant_ui
-def test_thread_list_archives_a_conversation_and_brings_it_back(chat, thread_list):
+def test_thread_list_archives_renames_brings_back_and_deletes_conversations(chat, thread_list):
     thread_list.click("/long 3", "Archive")
     thread_list.wait_for_titles("/long 3", archived=True)
-    wait_until(lambda: thread_list.stored() == [("/long 3", True), ("/long 4", False)])
+    thread_list.wait_for_stored(("/long 3", True), ("/long 4", False))
+    chat.page.once("dialog", lambda dialog: dialog.accept("Numbers"))
+    thread_list.click("/long 4", "Rename")
+    thread_list.wait_for_titles("Numbers")
+    thread_list.wait_for_stored(("/long 3", True), ("Numbers", False))
     chat.page.reload()
     thread_list.wait_for_titles("/long 3", archived=True)
-    assert thread_list.titles() == ["/long 4"]
     chat.page.locator("summary").click()
     thread_list.click("/long 3", "Unarchive")
-    thread_list.wait_for_titles("/long 3", "/long 4")
-    wait_until(lambda: thread_list.stored() == [("/long 3", False), ("/long 4", False)])
-
-
-@on_assistant_ui
-def test_thread_list_deletes_a_conversation(chat, thread_list):
-    thread_list.click("/long 4", "Delete")
+    thread_list.wait_for_titles("/long 3", "Numbers")
+    thread_list.wait_for_stored(("/long 3", False), ("Numbers", False))
+    thread_list.click("Numbers", "Delete")
     thread_list.wait_for_titles("/long 3")
     chat.wait_for_texts()  # of a new conversation
-    wait_until(lambda: thread_list.stored() == [("/long 3", False)])
+    thread_list.wait_for_stored(("/long 3", False))

@@ -32,7 +32,7 @@ function Page() {
   return (
     <main>
       {messages.map(({ id, role, parts, metadata }) => (
-        <div key={id}>
+        <div key={id} data-message-id={id}>
           <span className={role}>{parts.map((part) => part.type === "text" && part.text)}</span>
           {metadata?.error && <span role="alert">{metadata.error}</span>}
           {role === "user" && <button onClick={() => edit(id)}>Edit</button>}
