@@ -7,13 +7,10 @@ from flask_login import LoginManager
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from itsdangerous import URLSafeSerializer
-from sqlalchemy.exc import OperationalError
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from app.database import Base, Session, configure_engine, engine_options, is_conflict
-from config import Config, ConfigError
-
-MAX_CONFLICTS = 5  # of a transaction with others
+from app.database import Base, Session, configure_engine, engine_options
+from config import ConfigError, load_config
 
 db = SQLAlchemy(model_class=Base, session_options={"class_": Session, "expire_on_commit": False})
 migrate = Migrate(db=db, render_as_batch=True)
@@ -21,36 +18,20 @@ login_manager = LoginManager()
 cors = CORS()
 
 
-def repeat_after_conflict(func, *args):
-    """Call a function, and again if PostgreSQL ends its transaction in favour of another one; return its result."""
-    for _ in range(MAX_CONFLICTS):
-        try:
-            return func(*args)
-        except OperationalError as error:
-            if not is_conflict(error):
-                raise
-            db.session.rollback()
-    return func(*args)
-
-
-class Application(Flask):
-    """A Flask application whose views are repeated after a conflict with another transaction."""
-
-    def dispatch_request(self):
-        """Return what the view returns."""
-        return repeat_after_conflict(super().dispatch_request)
-
-
 class SessionInterface(SecureCookieSessionInterface):
-    """Flask's signed cookies without an age: the database ends sessions, and the servers' clocks need not agree."""
-
-    def __init__(self, app):
-        keys = [*(app.config["SECRET_KEY_FALLBACKS"] or ()), app.secret_key]  # the last one signs
-        options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
-        self.signing_serializer = URLSafeSerializer(keys, self.salt, self.serializer, signer_kwargs=options)
+    """Flask's signed cookies without an age, as the database ends sessions: the servers' clocks need not agree."""
 
     def get_signing_serializer(self, app):
-        return self.signing_serializer
+        keys = [*app.config["SECRET_KEY_FALLBACKS"], app.secret_key]  # the last one signs
+        options = {"key_derivation": self.key_derivation, "digest_method": self.digest_method}
+        return URLSafeSerializer(keys, self.salt, self.serializer, signer_kwargs=options)
+
+    def open_session(self, app, request):
+        """Return the session of the cookie, an empty one if another program made it, even with the same key."""
+        try:
+            return super().open_session(app, request)
+        except Exception:  # of the values that the cookie may hold, many kinds
+            return self.session_class()
 
 
 def create_app(config=None, bot=None):
@@ -59,59 +40,43 @@ def create_app(config=None, bot=None):
     `config`: a mapping of settings that take precedence over the environment. `bot`: a function that replies in place
     of the one that the settings choose, see app/bot.py. Raises ConfigError if a setting is invalid.
     """
+    from app import cli, errors, hooks
     from app.responses import OrjsonProvider
+    from app.routes import auth, chat, docs
     from app.validation import IdConverter
 
-    app = Application(__name__, static_folder=None)
-    app.config.from_object(Config(config))
+    app = Flask(__name__, static_folder=None)
+    app.config.update(load_config(config))
     app.json = OrjsonProvider(app)
-    app.session_interface = SessionInterface(app)
+    app.session_interface = SessionInterface()
     app.url_map.converters["id"] = IdConverter
     app.url_map.merge_slashes = False
     if proxies := app.config["TRUSTED_PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)
-    init_database(app)
     init_extensions(app, bot)
-    register_routes(app)
+    for module in (errors, hooks, cli):
+        module.init_app(app)
+    for module in (auth, chat, docs):
+        app.register_blueprint(module.bp)
     return app
 
 
-def init_database(app):
-    """Set up the database connections. Raises ConfigError if the folder of a SQLite file cannot be created."""
-    url, connect_args = app.config["SQLALCHEMY_DATABASE_URI"], app.config["DATABASE_CONNECT_ARGS"]
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options(url, connect_args)
-    try:
-        db.init_app(app)
-    except OSError as error:
-        raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
-    with app.app_context():
-        configure_engine(db.engine)
-
-
 def init_extensions(app, bot):
-    """Set up the other extensions, and the bot. Raises ConfigError if the model's server cannot be used."""
+    """Set up the extensions. Raises ConfigError if the folder of a SQLite file or the bot cannot be used."""
     from app.bot import create_bot
     from app.replies import ReplyManager
     from app.security import rate_limiter
 
-    migrate.init_app(app)
-    login_manager.init_app(app)
-    cors.init_app(app)
-    rate_limiter.init_app(app)
+    url, options = engine_options(app.config["DATABASE_URL"])
+    app.config.update(SQLALCHEMY_DATABASE_URI=url, SQLALCHEMY_ENGINE_OPTIONS=options)
     try:
+        db.init_app(app)
         app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    except OSError as error:
+        raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def register_routes(app):
-    """Register the blueprints, the commands, and what happens around every request."""
-    from app import cli, errors, hooks
-    from app.routes import auth, chat, docs
-
-    errors.init_app(app)
-    hooks.init_app(app)
-    for module in (auth, chat, docs):
-        app.register_blueprint(module.bp)
-    for command in (cli.demo, cli.users, cli.prune):
-        app.cli.add_command(command)
+    with app.app_context():
+        configure_engine(db.engine)
+    for extension in (migrate, login_manager, cors, rate_limiter):
+        extension.init_app(app)

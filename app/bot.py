@@ -10,13 +10,13 @@ import re
 import time
 
 HELP = """This bot is simulated. It understands these commands:
-/slow 5 replies for five seconds, one word a second
-/long 500 replies with 500 words
+/slow 5 replies for five seconds, one word a second: to be stopped, or reloaded in between
+/long 500 replies with 500 words at once
 /fail fails before the first word
 /drop 10 fails after ten words
 /truncate 10 is cut off after ten words, as a model is at its token limit
 /help shows this list"""
-COMMAND = re.compile(r"/(slow|long|fail|drop|truncate|help)(?: +([1-9][0-9]{0,3}))?")
+COMMAND = re.compile(r"/(slow|long|fail|drop|truncate|help)(?: +([1-9][0-9]{0,3}))?(?!\S)")
 MAX_QUOTE_LENGTH = 80
 
 
@@ -34,6 +34,10 @@ class BotBusy(BotError):
     def __init__(self, message, retry_after):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class BotRefused(BotError):
+    """The model refuses to answer the message."""
 
 
 class BotTruncated(BotError):
@@ -59,7 +63,7 @@ def create_bot(config):
 def simulated_bot(history, user_id=None, conversation_id=None):
     """Yield a reply word by word, always the same one for the same history."""
     text = history[-1][1].strip()
-    command = COMMAND.fullmatch(text)
+    command = COMMAND.match(text)
     if not command:
         earlier = [message for sender, message in history[:-1] if sender == "user"]
         yield from split_words(canned_reply(text, earlier[-1] if earlier else ""))
@@ -123,7 +127,7 @@ def split_into_exchanges(history):
     """Return the exchanges of a history, each a dict of the user's text and, if there is one, the bot's text."""
     exchanges = []
     for sender, text in history:
-        if not text:
+        if not text.strip():
             continue
         if sender == "user" and (not exchanges or "bot" in exchanges[-1]):
             exchanges.append({"user": text})

@@ -1,20 +1,23 @@
-"""Commands: `flask demo`, `flask users` and `flask prune`."""
+"""Commands: `flask users`, `flask demo` and `flask prune`."""
 
+import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import click
-import orjson
-from flask.cli import with_appcontext
+from flask import current_app
+from flask.cli import AppGroup, with_appcontext
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from app import db, repeat_after_conflict
+from app import db
 from app.bot import simulated_bot
-from app.database import database_now
+from app.database import database_now, format_timestamp
 from app.errors import database_error_message, get_reason
 from app.models import Conversation, Message, User
 from app.security import hash_password
+from app.validation import check_new_password, check_username
 
 DEMO_PASSWORD = "demo password"
 DEMO = {
@@ -31,11 +34,146 @@ DEMO_STATUSES = {
     "A reply cut short": "truncated",
     "A reply in progress": "in_progress",  # "failed" after HEARTBEAT_TIMEOUT, as no process generates it
 }
+USER_EXISTS, USER_UNKNOWN = "Username already exists", "Username does not exist"
+LINE = "{:>6}  {:<8}  {:<27}  {:>13}  {:>8}  {:>9}  {}"
+HEADINGS = ("ID", "STATUS", "LAST LOGIN", "CONVERSATIONS", "MESSAGES", "LAST 24 H", "USERNAME")
 PRUNE_BATCH_SIZE = 20  # conversations that are deleted in one transaction
 PRUNE_PAUSE = 0.05  # seconds between two of them, in which other transactions can write
 
 
-@click.command()
+def init_app(app):
+    """Register the commands."""
+    for command in (demo, users, prune):
+        app.cli.add_command(command)
+
+
+class Command(click.Command):
+    """A command that reports in one line that the database cannot be used."""
+
+    def invoke(self, context):
+        """Run the command. Raises ClickException if the database cannot be used."""
+        try:
+            return super().invoke(context)
+        except SQLAlchemyError as error:
+            if message := database_error_message(error):
+                raise click.ClickException(f"{message} ({get_reason(error)})") from error
+            raise
+
+
+users = AppGroup("users", help="List and manage the users.")
+users.command_class = Command
+
+
+@users.command("list")
+def list_users():
+    """List the users, who has logged in and not out since, and how much they have written."""
+    is_new = Message.created_at >= datetime.now(UTC) - timedelta(days=1)
+    counts = (func.count(Conversation.id.distinct()), func.count(Message.id), func.count(Message.id).filter(is_new))
+    query = select(User, *counts).outerjoin(User.conversations).outerjoin(Conversation.messages)
+    rows = db.session.execute(query.group_by(User.id).order_by(User.id))
+    click.echo(LINE.format(*HEADINGS))
+    for user, *numbers in rows:
+        status = "Disabled" if user.is_disabled else "Online" if user.is_logged_in else "Offline"
+        last_login = format_timestamp(user.last_login) if user.last_login else "never"
+        line = LINE.format(user.user_id, status, last_login, *numbers, user.username)
+        click.echo(to_printable(line))
+
+
+@users.command("add")
+@click.argument("name")
+def add_user(name):
+    """Add a user. The password is asked for, or is the first line of the standard input."""
+    username = check_value(check_username, "username", name)
+    if User.get_by_username(username):
+        raise click.ClickException(USER_EXISTS)
+    db.session.close()  # holds no connection while it waits for input
+    user = User(username=username, password_hash=hash_password(read_password()))
+    db.session.add(user)
+    try:
+        finish("Added", user)
+    except IntegrityError:
+        raise click.ClickException(USER_EXISTS) from None
+
+
+@users.command("set-password")
+@click.argument("name")
+def set_password(name):
+    """Set a user's password, and end all sessions of the user."""
+    user = get_user(name)
+    finish("Changed the password of", user.end_session(password_hash=hash_password(read_password())))
+
+
+@users.command("delete")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete_user(name, yes):
+    """Delete a user with all conversations."""
+    user = get_user(name)
+    if not yes:
+        click.confirm(to_printable(f"Delete {user.username} with all conversations?"), abort=True)
+    db.session.delete(user)
+    finish("Deleted", user)
+
+
+@users.command("disable")
+@click.argument("name")
+def disable_user(name):
+    """Refuse a user's logins, and end all sessions of the user."""
+    finish("Disabled", get_user(name).end_session(is_disabled=True))
+
+
+@users.command("enable")
+@click.argument("name")
+def enable_user(name):
+    """Accept a disabled user's logins again."""
+    finish("Enabled", get_user(name).update_if(is_disabled=False))
+
+
+def get_user(name):
+    """Return the user of a name. Raises ClickException if there is none."""
+    user = User.get_by_username(check_value(check_username, "username", name))
+    db.session.close()  # holds no connection while it waits for input
+    if user is None:
+        raise click.ClickException(USER_UNKNOWN)
+    return user
+
+
+def finish(action, user):
+    """Commit, and print what was done. Raises ClickException without a user: another process has deleted it."""
+    if user is None:
+        raise click.ClickException(USER_UNKNOWN)
+    db.session.commit()
+    click.echo(to_printable(f"{action} {user.username}"))
+
+
+def read_password():
+    """Return a new password: typed twice at a terminal, else the first line of the standard input."""
+    try:
+        if sys.stdin.isatty():
+            password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+        else:
+            password = sys.stdin.readline().rstrip("\r\n")
+        password.encode()
+    except UnicodeError:
+        raise click.ClickException(f"password must be text in {sys.stdin.encoding}") from None
+    return check_value(check_new_password, "password", password, current_app.config["PASSWORD_MIN_LENGTH"])
+
+
+def check_value(check, *args):
+    """Return what a check of app/validation.py returns. Raises ClickException if the value is invalid."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def to_printable(text):
+    """Return a text with the characters that the console's encoding lacks as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@click.command(cls=Command)
 @with_appcontext
 def demo():
     """Add some users and conversations, for a front end to show."""
@@ -53,8 +191,6 @@ def demo():
         db.session.commit()
     except IntegrityError:
         raise click.ClickException("the demo's users exist already") from None
-    except SQLAlchemyError as error:
-        raise to_click_exception(error) from error
     click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
 
 
@@ -74,20 +210,7 @@ def create_conversation(name, texts, last_status="complete"):
     return Conversation(name=name, messages=messages)
 
 
-@click.command()
-@with_appcontext
-def users():
-    """List the users, and who has logged in and not out since."""
-    try:
-        rows, _ = User.list_status(valid_from=datetime(1970, 1, 1, tzinfo=UTC))
-    except SQLAlchemyError as error:
-        raise to_click_exception(error) from error
-    for user in orjson.loads(rows):
-        last_login = user["last_login"] or "never"
-        click.echo(f"{user['user_id']:>6}  {user['status']:<7}  {last_login:<27}  {user['username']}")
-
-
-@click.command()
+@click.command(cls=Command)
 @click.option("--before", required=True, type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]), help="In UTC.")
 @with_appcontext
 def prune(before):
@@ -95,28 +218,8 @@ def prune(before):
     before = before.replace(tzinfo=UTC)
     if before > datetime.now(UTC):
         raise click.BadParameter("must not be in the future", param_hint="--before")
-    count = last_id = 0
-    try:
-        while last_id is not None:
-            last_id, deleted = repeat_after_conflict(prune_batch, before, last_id)
-            count += deleted
-            time.sleep(PRUNE_PAUSE)
-    except SQLAlchemyError as error:
-        raise to_click_exception(error) from error
-    click.echo(f"Deleted {count} conversation{'' if count == 1 else 's'}")
-
-
-def prune_batch(before, after_id):
-    """Delete the first conversations above an id that have not changed since a date.
-
-    Returns the id of the last one, or None if there are no more, and how many were deleted.
-    """
-    ids = Conversation.list_unchanged_ids(before, after_id, PRUNE_BATCH_SIZE)
-    return (ids[-1], Conversation.prune(ids, before)) if ids else (None, 0)
-
-
-def to_click_exception(error):
-    """Return the error message of the command line for a database error; raise the error if it is a bug."""
-    if message := database_error_message(error):
-        return click.ClickException(f"{message} ({get_reason(error)})")
-    raise error
+    total = 0
+    while count := Conversation.prune(before, PRUNE_BATCH_SIZE):
+        total += count
+        time.sleep(PRUNE_PAUSE)
+    click.echo(f"Deleted {total} conversation{'' if total == 1 else 's'}")

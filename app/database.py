@@ -19,9 +19,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
 
+from config import parse_connect_args
+
 MAX_ID = 2**63 - 1
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 SQLITE_LOCK_TIMEOUT = 10  # seconds to wait while another connection writes
+CONNECT_TIMEOUTS = {"connect_timeout": 3, "tcp_user_timeout": 11_000}  # seconds for each address, milliseconds
 
 
 class SQLiteDateTime(sqlite.DATETIME):
@@ -194,17 +197,17 @@ def partial_index(condition):
     return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
-def engine_options(url, connect_args):
-    """Return SQLALCHEMY_ENGINE_OPTIONS for a database URL and its further arguments; times are in seconds."""
+def engine_options(url):
+    """Return SQLALCHEMY_DATABASE_URI and SQLALCHEMY_ENGINE_OPTIONS for a DATABASE_URL; times are in seconds."""
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
-        return {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
-    return {
-        "connect_args": connect_args,
+        return url, {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
+    return "postgresql+psycopg://", {
+        "connect_args": CONNECT_TIMEOUTS | parse_connect_args(url),
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
         "pool_size": 15,
         "max_overflow": 0,  # overflow connections are closed after each use: to open one takes as long as a request
-        "pool_timeout": 8,  # and CONNECT_TIMEOUT of app/postgresql.py: less than 15 together
+        "pool_timeout": 8,
         "pool_pre_ping": True,
         "hide_parameters": True,
     }
@@ -217,9 +220,9 @@ def configure_engine(engine):
         event.listen(engine, "begin", begin_immediate)
         event.listen(engine, "handle_error", discard_read_only_connection)
     else:
-        from app import postgresql  # the driver takes 0.1 s that SQLite need not spend
+        from app.postgresql import connect
 
-        postgresql.configure_engine(engine)
+        event.listen(engine, "do_connect", connect)
 
 
 def configure_sqlite(connection, record):
@@ -267,30 +270,22 @@ def discard_read_only_connection(context):
         context.is_disconnect = True
 
 
-class DatabaseQuery(Thread):
-    """A query in its own thread, so that the caller can stop waiting; `is_answered` tells whether it has succeeded."""
-
-    def __init__(self, engine, statement):
-        super().__init__(name="query", daemon=True)
-        self.engine = autocommit(engine)
-        self.statement = statement
-        self.is_answered = False
-
-    def run(self):
-        """Execute the statement.
-
-        On SQLite, check that the file exists: an open connection can still read a deleted file.
-        """
-        if self.engine.dialect.name == "sqlite" and not os.path.exists(self.engine.url.database):
-            return
-        with suppress(SQLAlchemyError), self.engine.connect() as connection:
-            connection.execute(self.statement)
-            self.is_answered = True
+def is_answering(engine, timeout):
+    """Return whether the database answers within some seconds; on SQLite, whether its file still exists."""
+    if engine.dialect.name == "sqlite" and not os.path.exists(engine.url.database):
+        return False  # an open connection can still read a deleted file
+    answers = []
+    query = Thread(target=ping, args=[engine, answers], daemon=True)
+    query.start()
+    query.join(timeout)
+    return bool(answers)
 
 
-def is_conflict(error):
-    """Return whether a DBAPIError says that the transaction may succeed if it is repeated as a whole."""
-    return getattr(error.orig, "sqlstate", None) in ("40001", "40P01")  # serialization_failure, deadlock_detected
+def ping(engine, answers):
+    """Add to a list if the database has the tables of this program and answers."""
+    with suppress(SQLAlchemyError), autocommit(engine).connect() as connection:
+        connection.exec_driver_sql('SELECT id FROM "user" LIMIT 1')
+        answers.append(True)
 
 
 def is_missing_table(error):

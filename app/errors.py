@@ -11,9 +11,10 @@ from werkzeug.exceptions import (
     NotFound,
     RequestEntityTooLarge,
     ServiceUnavailable,
+    UnprocessableEntity,
 )
 
-from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
+from app.bot import BotBusy, BotError, BotMessageTooLong, BotRefused, BotTimeout
 from app.database import format_traceback, is_missing_table
 
 RETRY_AFTER = 2  # seconds after which clients may try again when the database or the server is busy
@@ -21,7 +22,7 @@ ERROR_MESSAGES = {
     401: "Login required",
     404: "Not found",
     405: "Method not allowed",
-    413: "The body must be at most 1 MiB",
+    413: "The body must be at most 2 MiB",
     500: "Internal server error",
 }
 DATABASE_UNAVAILABLE = (
@@ -96,6 +97,8 @@ def bot_exception(error):
         return ServiceUnavailable("The bot is busy, try again later", retry_after=error.retry_after)
     if isinstance(error, BotMessageTooLong):
         return RequestEntityTooLarge("The message is too long for the bot")
+    if isinstance(error, BotRefused):
+        return UnprocessableEntity("The bot refuses to answer this message")
     return BadGateway("The bot failed to answer")
 
 

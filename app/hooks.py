@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import time
+from functools import partial
 from urllib.parse import quote
 
 import orjson
@@ -55,15 +56,19 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(fields).decode()
 
 
+def create_formatter(log_format):
+    """Return the formatter of LOG_FORMAT, for the application's log and the server's."""
+    formatter_class = JsonFormatter if log_format == "json" else TextFormatter
+    return formatter_class("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT)
+
+
 def init_app(app):
     """Register the hooks, and set the format of the log."""
     app.before_request(before_request)
     app.after_request(after_request)
     app.logger.setLevel(logging.INFO)
-    formatter_class = JsonFormatter if app.config["LOG_FORMAT"] == "json" else TextFormatter
-    formatter = formatter_class("%(asctime)s %(levelname)s [%(request_id)s] %(message)s", TIME_FORMAT)
     for handler in (default_handler, logging.lastResort):  # the application's log, and that of the libraries
-        handler.setFormatter(formatter)
+        handler.setFormatter(create_formatter(app.config["LOG_FORMAT"]))
 
 
 def get_request_id(record):
@@ -71,16 +76,22 @@ def get_request_id(record):
     return getattr(record, "request_id", None) or (g.get("request_id", "-") if has_app_context() else "-")
 
 
+def begin_request():
+    """Note when the request began, and give it an id: the client's, or a new one."""
+    if "request_id" not in g:
+        g.started_at = time.perf_counter()
+        request_id = request.headers.get("X-Request-ID", "")
+        g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
+
+
 def before_request():
-    """Give the request an id; admit only a write of an allowed origin whose body is complete."""
-    g.started_at = time.perf_counter()
-    request_id = request.headers.get("X-Request-ID", "")
-    g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
+    """Begin the request; admit only a write of an allowed origin whose body is complete."""
+    begin_request()
     if len(request.headers.get("Access-Control-Request-Headers", "")) > MAX_CORS_HEADERS_LENGTH:
         del request.environ["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"]  # Flask-CORS would read it for this error, too
         abort(400, f"Access-Control-Request-Headers must be at most {MAX_CORS_HEADERS_LENGTH} characters")
     if not request.cookies.get(REMEMBER_COOKIE_NAME, "").isascii():  # Flask-Login would raise TypeError
-        abort(400, f"The cookie {REMEMBER_COOKIE_NAME} must be ASCII")
+        abort(401)
     if request.method not in SAFE_METHODS:
         check_origin()
         read_body()
@@ -88,21 +99,24 @@ def before_request():
 
 def check_origin():
     """Abort with 403 if a page of another origin, which CORS_ORIGINS does not list, makes a browser send a write."""
-    origin = request.headers.get("Origin")
-    if origin is None:
-        if request.headers.get("Sec-Fetch-Site") == "cross-site":
-            abort(403, "Origin required for a cross-site request")
+    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
+    if origin is None and site == "cross-site":
+        abort(403, "Origin required for a cross-site request")
+    if origin is None or site == "same-origin":  # a page cannot set that header, and a script that can has no cookie
         return
-    own_origin = f"{request.scheme}://{request.headers.get('Host', '')}"
-    if origin.lower() not in (own_origin.lower(), *current_app.config["CORS_ORIGINS"]):
+    default_port = ":443" if request.scheme == "https" else ":80"
+    own_origin = f"{request.scheme}://{request.headers.get('Host', '').lower().removesuffix(default_port)}"
+    if origin.lower() not in (own_origin, *current_app.config["CORS_ORIGINS"]):
         abort(403, f"Origin not allowed: add {origin[:255]} to CORS_ORIGINS")
 
 
 def read_body():
     """Read the whole body before the view runs, so that a slow client holds no database connection.
 
-    Aborts with 413 for a body beyond MAX_CONTENT_LENGTH and with 400 for an incomplete one.
+    Aborts with 413 for a body beyond MAX_CONTENT_LENGTH, 415 for a compressed one, and 400 for an incomplete one.
     """
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        abort(415, "The body must not have a Content-Encoding")
     try:
         size = len(request.get_data())
         # Werkzeug silently cuts a chunked body at the limit.
@@ -121,7 +135,8 @@ def read_body():
 
 
 def after_request(response):
-    """Add the headers that every response has, and log the request."""
+    """Add the headers that every response has, and log the request; a stream is logged when it ends."""
+    begin_request()  # before_request() does not run if the session cannot be opened
     headers = response.headers
     headers.extend(HEADERS)
     headers.add("X-Request-ID", g.request_id)
@@ -129,19 +144,27 @@ def after_request(response):
     headers.setdefault("Cache-Control", "no-store")
     if request.is_secure:
         headers["Strict-Transport-Security"] = f"max-age={HSTS_MAX_AGE}"
-    if request.endpoint not in UNLOGGED_ENDPOINTS:
-        log_request(response)
-    return response
-
-
-def log_request(response):
-    """Log the request: method, path, status, milliseconds, and the user's id."""
-    fields = {
+    if request.endpoint in UNLOGGED_ENDPOINTS:
+        return response
+    g.log_fields = {
         "method": request.method,
         "path": quote(request.path),
         "status": response.status_code,
-        "duration_ms": round((time.perf_counter() - g.started_at) * 1000, 1),
+        "duration_ms": 0,
         "user_id": g.get("user_id"),
+        "address": request.remote_addr,
     }
-    *values, user_id = fields.values()
-    logger.info("%s %s %d %.1f ms user=%s", *values, user_id or "-", extra={"fields": fields})
+    if response.is_streamed:
+        response.call_on_close(partial(log_request, g.log_fields, g.started_at, g.request_id))
+    else:
+        log_request(g.log_fields, g.started_at, g.request_id)
+    return response
+
+
+def log_request(fields, started_at, request_id):
+    """Log a request: method, path, status, milliseconds, user's id, address; of a stream, the characters, too."""
+    fields["duration_ms"] = round((time.perf_counter() - started_at) * 1000, 1)
+    method, path, status, duration, user_id, address, *characters = fields.values()
+    text = f"{method} {path} {status} {duration:.1f} ms user={user_id or '-'} address={address}"
+    text += "".join(f" characters={count}" for count in characters)
+    logger.info("%s", text, extra={"fields": fields, "request_id": request_id})

@@ -1,49 +1,70 @@
 """A bot that asks a model through the OpenAI API, which most model servers offer.
 
-http.client with orjson takes 12 us of CPU for a chunk. The openai package takes 30 times that, and 40 MB and
-half a second to be imported.
+urllib3 takes about 10 us of CPU for a chunk; the openai package takes twenty times that, and 30 MB and half a second to
+be imported.
 """
 
-import base64
-import os
+import re
 import ssl
 import time
-import weakref
-from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from pathlib import Path
-from queue import Empty, SimpleQueue
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from ipaddress import ip_address, ip_network
 from socket import SHUT_RDWR
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import BaseHandler, OpenerDirector, Request, getproxies, proxy_bypass
+from urllib.request import getproxies, proxy_bypass
 
 import orjson
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, ReadTimeoutError
 
 from app.bot import BotError, BotMessageTooLong, BotTimeout, fit_history
-from app.openai_protocol import Completion, ContextExceeded, iter_events, parse_error, skip_thinking
+from app.openai_protocol import Completion, ContextExceeded, EventParser, parse_error, skip_thinking
 
 BLOCK_BYTES = 65_536
 BLOCKS_PER_SWITCH = 64  # after so many, other threads run; greenlets would not by themselves
+MAX_RESPONSE_BYTES = 64_000_000
+CONNECT_TIMEOUT = 10  # seconds for each address of a host, or a third of BOT_TIMEOUT
 FINISH_TIMEOUT = 3  # seconds of silence after a finish reason that end the reply
 ERROR_TIMEOUT = 3  # seconds for the body of an error response
-DRAIN_TIMEOUT, MAX_DRAIN_BLOCKS = 1, 8  # for the end of a response after the end of its reply
-IDLE_TIMEOUT, MAX_IDLE_CONNECTIONS = 30, 20
+DRAIN_TIMEOUT = 1  # seconds for the end of a response after the end of its reply
 ROLES = {"user": "user", "bot": "assistant"}
+TITLE_PROMPT = (
+    "Name this conversation in its language, in at most six words, without quotes. Answer with the name only."
+)
+MAX_TITLE_CHARS = 60
+
+current_reply = ContextVar("current_reply")
 
 
 class OpenAIBot:
-    """A bot whose replies a model writes."""
+    """A bot whose replies a model writes. Raises ValueError if the environment names a proxy that cannot be used."""
 
     def __init__(self, config):
-        self.server = ModelServer(config["OPENAI_BASE_URL"], config["OPENAI_API_KEY"], config["BOT_TIMEOUT"])
+        url = urlsplit(config["OPENAI_BASE_URL"])
+        self.url = create_url(url)
+        self.headers = create_headers(url, config["OPENAI_API_KEY"])
+        self.pool = create_pool(url)
+        self.timeout = config["BOT_TIMEOUT"]
         self.options = {**config["BOT_OPTIONS"], "model": config["BOT_MODEL"], "stream": True}
         self.system_prompt = config["BOT_SYSTEM_PROMPT"]
         self.max_chars = config["BOT_HISTORY_CHARS"]
 
     def __call__(self, history, user_id=None, conversation_id=None):
-        """Return the reply to a history as an iterator."""
-        return ReplyStream(self, history)
+        """Return the reply to a history as an iterable."""
+        return ModelReply(self, history)
+
+    def create_title(self, history):
+        """Return a title of a conversation, one line of at most MAX_TITLE_CHARS. Raises BotError if there is none."""
+        question = "\n\n".join(f"{ROLES[sender]}: {text}" for sender, text in history)[: self.max_chars]
+        reply = ModelReply(self, [("user", f"{TITLE_PROMPT}\n\n{question}")], has_total_timeout=True)
+        lines = [re.sub(r"^[\s#>*_`\"'“”„«»-]+|[\s*_`\"'“”«».]+$", "", line) for line in "".join(reply).splitlines()]
+        title = next(filter(None, lines), "")
+        if not title:
+            raise BotError("the model gave no title")
+        return title if len(title) <= MAX_TITLE_CHARS else f"{title[: MAX_TITLE_CHARS - 1]}…"
 
     def encode_request(self, history):
         """Return the body of a request."""
@@ -53,291 +74,234 @@ class OpenAIBot:
         return orjson.dumps({**self.options, "messages": messages})
 
 
-class ReplyStream:
-    """An iterator over the chunks of a reply.
+class ModelReply:
+    """An iterable of the chunks of a reply, which another thread may cancel.
 
-    A thread reads the model's response into a queue, so that no state of the network can hold up the iteration.
+    A second thread ends the reply at its deadline, whatever the connection is doing.
     """
 
-    def __init__(self, bot, history):
-        self._bot = bot
-        self._history = history
-        self._connection = ModelConnection(bot.server)
-        self._completion = Completion()
-        self._items = SimpleQueue()  # texts, of which an empty one is a sign of life only, and finally an exception
-        self._end = None
-        Thread(target=self._produce, daemon=True).start()
+    def __init__(self, bot, history, has_total_timeout=False):
+        self.bot = bot
+        self.history = history
+        self.has_total_timeout = has_total_timeout  # else each sign of life begins the time again
+        self.deadline = time.monotonic() + bot.timeout
+        self.is_over = Event()
+        self.is_late = False
+        self.lock = Lock()
+        self.sock = None  # of the connection, see TrackedConnection
+        self.completion = Completion()
 
     def __iter__(self):
-        return self
+        """Yield the chunks. Raises BotError."""
+        current_reply.set(self)
+        Thread(target=self.watch, daemon=True).start()
+        try:
+            yield from self.read_reply()
+        except (HTTPError, OSError, ValueError) as error:
+            if self.is_late or isinstance(error, ConnectTimeoutError | ReadTimeoutError | TimeoutError):
+                raise BotTimeout(f"no text from the model for {self.bot.timeout} s") from None
+            kind = type(error.__cause__ or getattr(error, "reason", None) or error).__name__
+            raise BotError(f"the connection to the model failed: {kind}") from None
+        finally:
+            self.is_over.set()
 
-    def __next__(self):
-        text = ""
-        while not text:
-            if self._end:
-                raise self._end
-            text = self._receive()
-        return text
+    def watch(self):
+        """Shut the connection down at the deadline."""
+        while not self.is_over.wait(max(0, self.deadline - time.monotonic())):
+            if time.monotonic() >= self.deadline:
+                self.is_late = True
+                return self.cancel()
 
     def cancel(self):
-        """End the reply, unless it has ended, and close the connection; any thread may do so."""
-        if not self._end:
-            self._items.put(StopIteration())  # before the error that aborting causes
-            self._connection.abort()
+        """Shut the connection down, which wakes the thread that reads from it."""
+        with self.lock:
+            self.is_over.set()
+            if self.sock:
+                with suppress(OSError):
+                    self.sock.shutdown(SHUT_RDWR)
 
     def close(self):
         """End the reply, as for a generator."""
         self.cancel()
 
-    def _receive(self):
-        """Wait for a sign of life and return all text that has arrived."""
-        completion = self._completion
-        may_finish = completion.is_finished and not completion.may_continue
-        timeout = FINISH_TIMEOUT if may_finish else self._bot.server.timeout
-        try:
-            items = [self._items.get(timeout=timeout)]
-        except Empty:
-            if completion.is_finished:
-                self._connection.abort()  # the thread ends the reply
-                return ""
-            self.cancel()
-            items = [BotTimeout(f"no text from the model for {timeout} s")]
-        while isinstance(items[-1], str) and not self._items.empty():
-            items.append(self._items.get())
-        if not isinstance(items[-1], str):
-            self._end = items.pop()
-        return "".join(items)
+    def use(self, sock):
+        """Use the socket of a connection, or None. Raises ConnectionAbortedError if the reply was cancelled."""
+        with self.lock:
+            self.sock = sock
+            if self.is_over.is_set():
+                raise ConnectionAbortedError
 
-    def _produce(self):
-        """Put the texts of the reply into the queue, and finally the exception that ends the iteration."""
-        end = StopIteration()
-        try:
-            for text in self._read_reply():
-                self._items.put(text)
-        except TimeoutError:
-            end = BotTimeout(f"no data from the model for {self._bot.server.timeout} s")
-        except (OSError, HTTPException, ValueError) as error:
-            end = BotError(f"the connection to the model failed: {type(error).__name__}")
-        except Exception as error:
-            end = error
-        self._items.put(end)
-        self._connection.release()
-
-    def _read_reply(self):
+    def read_reply(self):
         """Yield the texts of the reply; ask with half the history as often as the context is exceeded."""
-        history = fit_history(self._history, self._bot.max_chars)
+        history = fit_history(self.history, self.bot.max_chars)
         while True:
             try:
-                yield from skip_thinking(self._read_response(self._bot.encode_request(history)))
+                yield from skip_thinking(self.read_response(self.bot.encode_request(history)))
                 return
             except ContextExceeded as error:
                 length = sum(len(text) for _, text in history)
-                if length == len(self._history[-1][1]):
+                if length == len(self.history[-1][1]):
                     raise BotMessageTooLong(str(error)) from None
-            self._connection.release()
-            history = fit_history(self._history, length // 2)
+            history = fit_history(self.history, length // 2)
 
-    def _read_response(self, body):
-        """Send a request and yield the texts of its response; an empty one stands for reasoning."""
-        response = self._connection.send(body)
-        if not 200 <= response.status < 300:
-            raise parse_error(response.status, self._connection.read_error(), response.headers["Retry-After"])
-        self._completion = completion = Completion()
-        try:
-            for data in iter_events(self._connection.iter_blocks()):
-                text = completion.receive(data)
-                if text is not None:
-                    yield text
-                if completion.is_over:
-                    break
-        except ContextExceeded:
-            if not completion.has_text:
-                raise
-            if not completion.is_finished:
-                completion.finish_reason = "length"
-        except (OSError, HTTPException, BotError):
-            if not completion.is_finished:
-                raise
+    def read_response(self, body):
+        """Send a request and yield the texts of its response, of each block together; "" stands for reasoning."""
+        self.completion = completion = Completion()
+        with self.open(body) as response:
+            try:
+                for block in self.read_blocks(response):
+                    yield from self.receive(block)
+                    if completion.is_done:
+                        break
+            except ContextExceeded:
+                if not any(completion.texts):
+                    raise
+                completion.finish_reason = completion.finish_reason or "length"
+            except (HTTPError, OSError):
+                if not completion.is_finished:
+                    raise
         completion.check_end()
 
-
-class Response(HTTPResponse):
-    """A response that skips the informational ones before it, such as 103 Early Hints."""
-
-    def begin(self):
-        """Read the head."""
-        super().begin()
-        while self.status < 200:
-            self.headers = None  # else nothing is read
-            super().begin()
-
-
-class ModelRequest(Request):
-    """A request to the model server on an open connection."""
-
-    def __init__(self, server, connection, body):
-        super().__init__(server.url, body, server.headers, method="POST")
-        self.target, self.connection = server.target, connection
-
-
-class ModelHandler(BaseHandler):
-    """Sends a ModelRequest. It belongs to urllib only because OpenTelemetry can instrument that, unlike http.client."""
-
-    def default_open(self, request):
-        """Return the response, of which the head has been read."""
-        request.connection.request(request.get_method(), request.target, request.data, request.headers)
-        return request.connection.getresponse()
-
-
-opener = OpenerDirector()
-opener.add_handler(ModelHandler())
-
-
-class ModelConnection:
-    """A connection to the model server for one request and its response, which another thread can abort.
-
-    After `release()` it can send another request.
-    """
-
-    def __init__(self, server):
-        self._server = server
-        self._lock = Lock()
-        self._http_connection = self._socket = self._response = None
-        self._is_aborted = False
-
-    def send(self, body):
-        """Send a request and return the response, of which the head has been read."""
-        idle = self._server.take_idle_connection()
+    @contextmanager
+    def open(self, body):
+        """Yield the response to a request, of which the head has been read. Raises BotError for an error response."""
+        timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT, self.bot.timeout / 3), read=self.bot.timeout)
+        response = self.bot.pool.urlopen(
+            "POST", self.bot.url, body=body, headers=self.bot.headers, timeout=timeout, **REQUEST_OPTIONS
+        )
         try:
-            return self._send(idle or self._server.create_connection(), body)
-        except (ConnectionError, ssl.SSLError):
-            if not idle:
-                raise
-        idle.close()  # the server had closed it already
-        return self._send(self._server.create_connection(), body)
+            if not 200 <= response.status < 300:
+                raise parse_error(response.status, self.read_error(response), response.headers.items())
+            yield response
+            self.sock.settimeout(DRAIN_TIMEOUT)
+            with suppress(HTTPError, OSError):
+                response.read1(BLOCK_BYTES)  # at the end of the response, its connection can be used again
+        finally:
+            with self.lock:
+                self.sock = None
+            response.close()
 
-    def _send(self, connection, body):
-        self._http_connection = connection
-        connection.response_class = Response
-        if connection.sock is None:
-            connection.connect()
-        with self._lock:
-            self._socket = connection.sock  # the connection forgets it when the server wants to close it
-            if self._is_aborted:
-                raise ConnectionAbortedError
-        self._response = opener.open(ModelRequest(self._server, connection, body))
-        return self._response
-
-    def iter_blocks(self):
-        """Yield the body of the response in blocks, as they arrive."""
-        count = 0
-        while block := self._response.read1(BLOCK_BYTES):
-            yield block
+    def read_blocks(self, response):
+        """Yield the body of a response in blocks, as they arrive, and an empty one at the end."""
+        total = 0
+        self.parser = EventParser()
+        for count in range(MAX_RESPONSE_BYTES):
+            self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+            block = response.read1(BLOCK_BYTES)
+            total += len(block)
+            if total > MAX_RESPONSE_BYTES:
+                raise BotError("the model's response is too long")
             if count % BLOCKS_PER_SWITCH == 0:
                 time.sleep(0)
-            count += 1
+            yield block
+            if not block:
+                return
 
-    def read_error(self):
+    def receive(self, block):
+        """Yield the text of a block, if there is any. Raises BotError after the text before an error."""
+        error = None
+        try:
+            for name, data in self.parser.feed(block):
+                self.completion.receive(name, data)
+        except BotError as caught:
+            error = caught
+        text = self.completion.take_text()
+        if text is not None:
+            self.postpone_deadline()
+            yield text
+        if error:
+            raise error
+
+    def postpone_deadline(self):
+        """Begin the time of silence again; it is short once the reply is whole."""
+        if not self.has_total_timeout:
+            seconds = FINISH_TIMEOUT if self.completion.is_finished else self.bot.timeout
+            self.deadline = time.monotonic() + seconds
+
+    def read_error(self, response):
         """Return the body of an error response, as far as it arrives in a short time."""
-        seconds = min(ERROR_TIMEOUT, self._server.timeout / 2)
-        body, deadline = b"", time.monotonic() + seconds
-        with suppress(OSError, HTTPException):
-            self._socket.settimeout(seconds / 2)
-            for block in self.iter_blocks():
-                body += block
-                if len(body) > BLOCK_BYTES or time.monotonic() > deadline:
-                    break
-        return body
-
-    def abort(self):
-        """Shut down the connection, which wakes the thread that uses it."""
-        with self._lock:
-            self._is_aborted = True
-            if self._socket:
-                with suppress(OSError):
-                    self._socket.shutdown(SHUT_RDWR)
-
-    def release(self):
-        """Keep the connection for another request if the rest of the response is short, else close it."""
-        if self._response:
-            self._drain()
-        with self._lock:
-            self._socket = None
-        connection, response = self._http_connection, self._response
-        self._http_connection = self._response = None
-        if response and response.isclosed() and connection.sock and not self._is_aborted:
-            self._server.keep_idle_connection(connection)
-        elif connection:
-            connection.close()
-            if response:
-                response.close()
-
-    def _drain(self):
-        """Read the rest of the response, within narrow limits."""
-        with suppress(OSError, HTTPException):
-            self._socket.settimeout(DRAIN_TIMEOUT)
-            for _ in range(MAX_DRAIN_BLOCKS):
-                if self._response.isclosed():
-                    break
-                self._response.read1(BLOCK_BYTES)
+        self.sock.settimeout(min(ERROR_TIMEOUT, self.bot.timeout / 2))
+        with suppress(HTTPError, OSError):
+            return response.read(BLOCK_BYTES)
+        return b""
 
 
-class ModelServer:
-    """The address of a model server, and idle connections to it.
+REQUEST_OPTIONS = {"preload_content": False, "decode_content": True, "redirect": False, "retries": False}
 
-    Raises ValueError for a setting or an environment variable that cannot be used.
-    """
 
-    def __init__(self, base_url, api_key, timeout):
-        self.idle_connections = []  # (connection, the time it became idle)
-        weakref.finalize(self, close_connections, self.idle_connections)
-        self.timeout = timeout
-        url = urlsplit(base_url)
-        self._host, self._port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
-        self._context = create_ssl_context() if url.scheme == "https" else None
-        self._proxy, self._proxy_headers = find_proxy(url)
-        self.target = quote(f"{url.path.rstrip('/')}/chat/completions", safe="/%:@!$&'()*+,;=")
-        if url.query:
-            self.target += f"?{quote(url.query, safe='/%:@!$&()*+,;=?')}"
-        self.url = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{self.target}"
-        self.headers = create_headers(url, api_key)
-        if self._proxy and not self._context:
-            self.target = self.url
-            self.headers.update(self._proxy_headers)
+class TrackedConnection:
+    """Gives its socket to the reply of the current thread before the head of the response is read."""
 
-    def create_connection(self):
-        """Return a connection that is not open yet."""
-        address = (self._proxy.hostname, self._proxy.port or 80) if self._proxy else (self._host, self._port)
-        if not self._context:
-            return HTTPConnection(*address, timeout=self.timeout)
-        connection = HTTPSConnection(*address, timeout=self.timeout, context=self._context)
-        if self._proxy:
-            connection.set_tunnel(self._host, self._port, self._proxy_headers)
-        return connection
+    def connect(self):
+        super().connect()
+        current_reply.get().use(self.sock)
 
-    def take_idle_connection(self):
-        """Return an open connection, which the server may have closed in the meantime, or None."""
-        with suppress(IndexError):
-            while True:
-                connection, idle_since = self.idle_connections.pop()
-                if time.monotonic() - idle_since < IDLE_TIMEOUT:
-                    connection.sock.settimeout(self.timeout)
-                    return connection
-                connection.close()
+    def request(self, *args, **kwargs):
+        current_reply.get().use(self.sock)
+        super().request(*args, **kwargs)
+
+
+class TrackedHTTPConnection(TrackedConnection, HTTPConnection):
+    """A connection over TCP."""
+
+
+class TrackedHTTPSConnection(TrackedConnection, HTTPSConnection):
+    """A connection over TLS."""
+
+
+class TrackedHTTPPool(urllib3.HTTPConnectionPool):
+    """Connections over TCP."""
+
+    ConnectionCls = TrackedHTTPConnection
+
+
+class TrackedHTTPSPool(urllib3.HTTPSConnectionPool):
+    """Connections over TLS."""
+
+    ConnectionCls = TrackedHTTPSConnection
+
+
+def create_pool(url):
+    """Return the connections to a server, or to the proxy that the environment names. Raises ValueError."""
+    options = {"maxsize": 20, "ssl_context": ssl.create_default_context() if url.scheme == "https" else None}
+    if proxy := find_proxy(url):
+        headers = urllib3.make_headers(proxy_basic_auth=proxy.auth and unquote(proxy.auth))
+        pool = urllib3.ProxyManager(proxy._replace(auth=None).url, proxy_headers=headers, **options)
+    else:
+        pool = urllib3.PoolManager(**options)
+    pool.pool_classes_by_scheme = {"http": TrackedHTTPPool, "https": TrackedHTTPSPool}
+    return pool
+
+
+def find_proxy(url):
+    """Return the parsed URL of the proxy that the environment names for a URL, or None. Raises ValueError."""
+    proxies = getproxies()
+    name = url.scheme if proxies.get(url.scheme) else "all"
+    if not proxies.get(name) or is_proxy_bypassed(url, proxies.get("no", "")):
         return None
+    try:
+        proxy = urllib3.util.parse_url(proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}")
+    except urllib3.exceptions.LocationParseError:
+        proxy = urllib3.util.Url()
+    if proxy.scheme not in ("http", "https") or not proxy.host or proxy.port == 0:
+        raise ValueError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
+    return proxy
 
-    def keep_idle_connection(self, connection):
-        """Keep an open connection for the next request."""
-        if len(self.idle_connections) < MAX_IDLE_CONNECTIONS:
-            self.idle_connections.append((connection, time.monotonic()))
-        else:
-            connection.close()
+
+def is_proxy_bypassed(url, no_proxy):
+    """Return whether NO_PROXY lists a host, by its name, its address, or the network of its address."""
+    for network in no_proxy.split(","):
+        with suppress(ValueError):
+            if ip_address(url.hostname) in ip_network(network.strip(), strict=False):
+                return True
+    return bool(proxy_bypass(url.netloc.rpartition("@")[2]))
 
 
-def close_connections(idle_connections):
-    """Close idle connections."""
-    for connection, _ in idle_connections:
-        connection.close()
+def create_url(url):
+    """Return the URL of a request, without credentials."""
+    path = quote(f"{url.path.rstrip('/')}/chat/completions", safe="/%:@!$&'()*+,;=")
+    query = f"?{quote(url.query, safe='/%:@!$&()*+,;=?')}" if url.query else ""
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{path}{query}"
 
 
 def create_headers(url, api_key):
@@ -348,46 +312,5 @@ def create_headers(url, api_key):
         "User-Agent": "ai-chatbot-backend",
     }
     if url.username is not None:
-        return {**headers, "Authorization": basic_auth(url)}
+        return headers | urllib3.make_headers(basic_auth=f"{unquote(url.username)}:{unquote(url.password or '')}")
     return {**headers, "Authorization": f"Bearer {api_key}"} if api_key else headers
-
-
-def basic_auth(url):
-    """Return the credentials of a URL as the value of a header."""
-    credentials = f"{unquote(url.username)}:{unquote(url.password or '')}".encode()
-    return f"Basic {base64.b64encode(credentials).decode()}"
-
-
-def find_proxy(url):
-    """Return the URL of the proxy that the environment names for a URL, or None, and the headers for that proxy."""
-    proxies = getproxies()
-    name = url.scheme if proxies.get(url.scheme) else "all"
-    if not proxies.get(name) or proxy_bypass(url.netloc.rpartition("@")[2]):
-        return None, {}
-    proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
-    try:
-        proxy = urlsplit(proxy)
-        is_usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise ValueError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
-    return proxy, {"Proxy-Authorization": basic_auth(proxy)} if proxy.username is not None else {}
-
-
-def create_ssl_context():
-    """Return the context for TLS, with the certificates that SSL_CERT_FILE and SSL_CERT_DIR name, if they are set."""
-    try:
-        context = ssl.create_default_context()
-    except OSError:
-        raise ValueError("SSLKEYLOGFILE must name a file that can be written") from None
-    context.set_alpn_protocols(["http/1.1"])
-    if file := os.environ.get("SSL_CERT_FILE"):
-        try:
-            context.load_verify_locations(file)
-        except OSError:
-            raise ValueError("SSL_CERT_FILE must name a file of certificates in PEM format") from None
-    folders = os.environ.get("SSL_CERT_DIR", "").split(os.pathsep)
-    if any(folders) and not any(Path(folder).is_dir() for folder in folders if folder):
-        raise ValueError("SSL_CERT_DIR must name a directory of certificates")
-    return context

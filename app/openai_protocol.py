@@ -4,20 +4,25 @@ import json
 import math
 import re
 import time
+from contextlib import suppress
 from email.utils import mktime_tz, parsedate_tz
-from typing import NamedTuple
 
 import orjson
 
-from app.bot import BotBusy, BotError, BotTruncated
+from app.bot import BotBusy, BotError, BotRefused, BotTruncated
 
-MAX_LINE_BYTES = 2_000_000
-MAX_RESPONSE_BYTES = 64_000_000
+MAX_EVENT_BYTES = 2_000_000
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
-KIND_STATUSES = {200, 500, 502}  # with these, the kind of the error tells whether the model is busy
-BUSY_KIND = re.compile(r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl", re.IGNORECASE)
+KIND_STATUSES = {200, 500, 502}  # with these, the words of the error tell whether the model is busy
 CONTEXT_STATUSES = {200, 400, 422, 500}
+BUSY = re.compile(
+    r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl|loading|at capacity|is busy", re.IGNORECASE
+)
+NO_QUOTA = re.compile(r"insufficient.?(quota|balance|credit|fund)|billing.?(hard|not)|credit balance|payment", re.I)
+REFUSED = re.compile(
+    r"content.?(filter|policy|management)|responsible.?ai|moderation|data.?inspection|prohibited|safety", re.I
+)
 CONTEXT_EXCEEDED = re.compile(
     r"context.?(length|size|window|limit)|context the overflows|n_keep|(prompt|input) is too long|too large for model"
     r"|too many tokens(?!, please wait)|tokens? limit|maximum number of tokens|must have less than \d+ tokens"
@@ -25,117 +30,171 @@ CONTEXT_EXCEEDED = re.compile(
     r"|exceeds max length|reduce the length|input length|(prompt|input) token count|number of input tokens",
     re.IGNORECASE,
 )
+# A complaint of the operator's own limit of the reply, which no shorter history can satisfy.
+OUTPUT_LIMIT = re.compile(
+    r"max_?((completion|output)_?)?tokens['\"`]*( or '\w+'| value| parameter)*(:| is| are)? *"
+    r"(\d+ *>|too (large|high|big)|must be (less|at most|between|smaller|<)|exceeds|out of)"
+    r"|(range of|invalid) ['\"`]?max_|(completion|output) tokens",
+    re.IGNORECASE,
+)
 REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)  # for the limit of a minute: no retry succeeds
+RETRY_DELAY = re.compile(r"(?:try again|retry|retrying|retryDelay\W+)(?: in| after)? ?((?:[0-9.]+ ?[a-z]+ ?)+)", re.I)
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(ms|milli|s|m|h|d)")
+SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
 ERROR_KIND = re.compile(r"(?=.{1,40}$)([A-Za-z]+(_[A-Za-z]+)+|[A-Za-z]*(Error|Exception))")
 UNFINISHED_REASONS = {"", "null", "none"}
-TRUNCATED_REASONS = {
-    *("length", "max_tokens", "model_length", "model_context_window_exceeded", "insufficient_system_resource"),
-    *("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
+COMPLETE_REASONS = {
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "complete",
+    "completed",
+    "stop_sequence",
+    "finished",
+    "done",
 }
 ERROR_REASONS = {"error", "error_finish", "abort", "network_error"}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-THINK_START, THINK_END = "<think>", "</think>"
-SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content")  # fields of a chunk without a text
+HARMLESS_FIELDS = ("choices", "usage", "timings", "x_groq", "prompt_filter_results")  # of events without a choice
+THINK_TAGS = {f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "seed:think", "reasoning")}
+THINK_TAGS |= {"[THINK]": "[/THINK]"}
+SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content", "tool_calls")  # fields without text
 
 
 class ContextExceeded(BotError):
     """The messages do not fit the model's context."""
 
 
-class Chunk(NamedTuple):
-    """A part of a reply."""
+class EventParser:
+    """Splits a response into server-sent events (name, data). A body that is one JSON object is an event, too."""
 
-    text: str = ""
-    is_working: bool = False  # without a text: the model is reasoning
-    finish_reason: str | None = None
-    is_whole: bool = False  # the text is the whole reply
+    def __init__(self):
+        self.tail = b""
+        self.name, self.data = "", []
+        self.is_json = False  # the server ignored "stream": true
+
+    def feed(self, block):
+        """Yield the events that a block completes; an empty block is the end. Raises BotError if one is too long."""
+        lines = (self.tail + block).splitlines(keepends=True)
+        # CR LF may come in two blocks, so that a CR at the end does not end a line yet.
+        self.tail = lines.pop() if block and lines and not lines[-1].endswith(b"\n") else b""
+        if len(self.tail) + sum(map(len, self.data)) > MAX_EVENT_BYTES:
+            raise BotError("the model's response is too long")
+        for line in lines:
+            yield from self.feed_line(line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf"))
+        if not block:
+            yield from self.end_event()
+
+    def feed_line(self, line):
+        """Yield the event that a line completes: some servers send no blank line after one."""
+        field, _, value = line.partition(b":")
+        value = value.strip()
+        if self.is_json or (not self.data and line.lstrip().startswith((b"{", b"["))):
+            self.is_json = True
+            self.data.append(line)
+        elif field == b"error":  # llama.cpp's
+            self.name = "error"
+            self.data.append(value)
+        elif field == b"event":
+            self.name = value.decode(errors="replace").lower()
+        elif field == b"data":
+            self.data.append(value)
+            if len(self.data) == 1 and (value == b"[DONE]" or (value.startswith(b"{") and value.endswith(b"}"))):
+                yield from self.end_event()
+        elif not line:
+            yield from self.end_event()
+        elif not re.match(rb"[A-Za-z_-]*:|id$|retry$", line):  # a comment, or a field that browsers ignore as well
+            raise BotError("the model sent a line that is no event")
+
+    def end_event(self):
+        """Yield the event whose lines have been read, if there are any."""
+        name, data = self.name, b"\n".join(self.data)
+        self.name, self.data = "", []
+        if data or "error" in name:
+            yield name, data
 
 
 class Completion:
-    """What has been received of a reply, as far as it tells how the reply ends."""
+    """What has been received of a reply. It is complete only if nothing in it says otherwise."""
 
     def __init__(self):
+        self.texts = []  # all of the reply
+        self.unread = []  # those that take_text() has not returned; an empty one is a sign of life
         self.finish_reason = None
-        self.has_text = False
-        self.is_over = False  # nothing will follow
         self.is_done = False  # `[DONE]` was received
-        # Some servers send a finish reason with every chunk.
-        self.is_continued = False  # more followed it
-        self.may_continue = False  # it came with the first text
+        self.is_continued = False  # more followed the finish reason, as some servers send one with every chunk
 
     @property
     def is_finished(self):
         """Whether the reply is whole although the server may leave the connection open."""
-        return bool(self.finish_reason) and self.has_text and not self.is_continued
+        return self.is_done or bool(self.finish_reason and any(self.texts) and not self.is_continued)
 
-    def receive(self, data):
-        """Return the text of an event, an empty one for reasoning, or None if there is neither.
-
-        Raises BotError for an error.
-        """
+    def receive(self, name, data):
+        """Take in an event. Raises BotError if it is neither a part of the reply, nor usage, nor a sign of life."""
         if data == b"[DONE]":
-            self.is_over = self.is_done = True
-            return None
-        chunk = parse_chunk(data)
-        text = "" if chunk.is_whole and self.has_text else chunk.text  # some servers repeat the reply at its end
-        is_progress = bool(text) or chunk.is_working
-        if self.finish_reason:
-            self.is_continued = self.is_continued or is_progress
-        elif chunk.finish_reason:
-            self.is_over = self.has_text and not is_progress
-            self.may_continue = not self.has_text
-        self.has_text = self.has_text or bool(text)
-        self.finish_reason = chunk.finish_reason or self.finish_reason
-        return text if is_progress else None
+            self.is_done = True
+            return
+        event = unwrap(parse_json(data or b"null"))
+        if is_error(name, event):
+            raise parse_error(200, data)
+        if name in ("ping", "heartbeat", "keepalive") or event is None:
+            return
+        choice = find_first_choice(event.get("choices"))
+        if choice.get("error"):
+            raise parse_error(200, orjson.dumps({"error": choice["error"]}))
+        self.add_message(choice)
+        reasons = [choice.get("finish_reason"), choice.get("native_finish_reason")]
+        if event.get("object") == "chat.completion" and choice and not any(reasons):
+            reasons = ["stop"]
+        self.add_finish_reasons(reasons)
+
+    def add_message(self, choice):
+        """Add the text of a choice; a `message` in place of a `delta` may be a part, or all of the reply until now."""
+        message = choice.get("delta")
+        text = get_text(message) if isinstance(message, dict) else get_text(choice.get("message"))
+        if not isinstance(message, dict) and (received := "".join(self.texts)):
+            message = choice.get("message")
+            is_repeated = text == received and choice.get("finish_reason")
+            if is_repeated or (text.startswith(received) and text != received):
+                text = text.removeprefix(received)
+        message = message if isinstance(message, dict) else choice.get("message") or {}
+        if text or any(message.get(field) for field in SIGNS_OF_LIFE if isinstance(message, dict)):
+            self.is_continued = bool(self.finish_reason)
+            self.texts.append(text)
+            self.unread.append(text)
+
+    def add_finish_reasons(self, reasons):
+        """Keep the finish reason of a choice, or that of the provider behind a gateway if it says something else."""
+        for reason in filter(None, map(parse_finish_reason, reasons)):
+            if self.finish_reason is None or self.finish_reason in COMPLETE_REASONS:
+                self.finish_reason = reason
+
+    def take_text(self):
+        """Return the text since the last call, "" for a sign of life alone, or None if there was neither."""
+        text = "".join(self.unread) if self.unread else None
+        self.unread = []
+        return text
 
     def check_end(self):
-        """Raise BotError or BotTruncated unless the reply is complete."""
-        if self.finish_reason in TRUNCATED_REASONS:
-            raise BotTruncated(f"the model ended the reply: {self.finish_reason}")
-        if self.finish_reason in ERROR_REASONS or not (self.finish_reason or (self.is_done and self.has_text)):
+        """Raise BotError, BotRefused or BotTruncated unless the reply is complete."""
+        if self.finish_reason in ERROR_REASONS or not (self.finish_reason or (self.is_done and any(self.texts))):
             raise BotError("the model broke off")
+        if self.finish_reason not in (None, *COMPLETE_REASONS):
+            if REFUSED.search(self.finish_reason) and not any(self.texts):
+                raise BotRefused(f"the model ended the reply: {self.finish_reason[:40]}")
+            raise BotTruncated(f"the model ended the reply: {self.finish_reason[:40]}")
 
 
-def iter_lines(blocks):
-    """Yield the lines of a response without their line ends: CR, LF or both. Raises BotError if it is too long."""
-    tail, total, is_after_cr = b"", 0, False
-    for block in blocks:
-        total += len(block)
-        if is_after_cr:
-            block = block.removeprefix(b"\n")
-        is_after_cr = block.endswith(b"\r")
-        lines = (tail + block).splitlines()
-        tail = lines.pop() if lines and not block.endswith((b"\r", b"\n")) else b""
-        if len(tail) > MAX_LINE_BYTES or total > MAX_RESPONSE_BYTES:
-            raise BotError("the model's response is too long")
-        yield from lines
-    if tail:
-        yield tail
-
-
-def iter_events(blocks):
-    """Yield the data of each server-sent event of a response, or its whole body if it is a JSON object.
-
-    A line with a whole object is an event: some servers send no blank line after it.
-    """
-    lines = iter_lines(blocks)
-    event = []
-    for line in lines:
-        line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            if not event and (data == b"[DONE]" or (data.startswith(b"{") and data.endswith(b"}"))):
-                yield data
-            else:
-                event.append(data)
-        elif not line and event:
-            yield b"\n".join(event)
-            event = []
-        elif line.lstrip().startswith((b"{", b"[")):  # the server ignored "stream": true
-            event = [line, *lines]
-    if event:
-        yield b"\n".join(event)
+def is_error(name, event):
+    """Return whether an event is neither a part of a reply nor one of those that may accompany it."""
+    if "error" in name or not isinstance(event, dict | None):
+        return True
+    if not event or event.get("type") in ("ping", "heartbeat", "keepalive"):
+        return False
+    if event.get("error") or "error" in (event.get("object"), event.get("type")):
+        return True
+    return not any(field in event for field in HARMLESS_FIELDS) and not str(event.get("object")).startswith("chat.")
 
 
 def parse_json(data):
@@ -156,33 +215,6 @@ def unwrap(document):
     return document[0] if isinstance(document, list) and document else document
 
 
-def parse_chunk(data):
-    """Return the Chunk of an event's data, an empty one if there is nothing of a reply in it.
-
-    A whole completion, as servers send that cannot stream, is read like a chunk. Raises BotError for an error object.
-    """
-    event = unwrap(parse_json(data or b"null"))
-    if event is None:
-        return Chunk()
-    if not isinstance(event, dict):
-        raise BotError("the model sent a chunk that is no object")
-    if event.get("error") or event.get("object") == "error":
-        raise parse_error(200, data)
-    choice = find_first_choice(event.get("choices"))
-    message, finish_reason = choice.get("delta"), parse_finish_reason(choice.get("finish_reason"))
-    is_whole = not isinstance(message, dict)
-    if is_whole:
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            return Chunk(finish_reason=finish_reason)
-        finish_reason = finish_reason or "stop"
-    text = parse_text(message.get("content"))
-    if refusal := message.get("refusal"):
-        text += parse_text(refusal)
-    # Content without a text consists of other parts.
-    return Chunk(text, not text and any(message.get(name) for name in SIGNS_OF_LIFE), finish_reason, is_whole)
-
-
 def find_first_choice(choices):
     """Return the choice whose index is 0 or missing, or {}; more than one is sent only if BOT_OPTIONS asks for it."""
     for choice in choices if isinstance(choices, list) else ():
@@ -191,75 +223,79 @@ def find_first_choice(choices):
     return {}
 
 
-def parse_text(content):
-    """Return a message's content as a string; it may also be a part, a list of parts, or null."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list):
+def get_text(message):
+    """Return the text of a message, and a refusal; content may be a string, a part, a list of parts, or null."""
+    if not isinstance(message, dict):
         return ""
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    parts = []
+    for content in (message.get("content"), message.get("refusal")):
+        parts += content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def parse_finish_reason(reason):
     """Return a finish reason in lower case and without details, or None while the reply is unfinished."""
-    if not reason:
-        return None
-    reason = str(reason).lower().partition(":")[0].strip()
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    reason = str(reason or "").lower().partition(":")[0].strip().removeprefix("finish_reason_")
     return None if reason in UNFINISHED_REASONS else reason
 
 
 def skip_thinking(texts):
-    """Yield the texts of a reply without white space and `<think>` blocks at its beginning.
+    """Yield the texts of a reply without the thinking at its beginning, and "" for each that is left out.
 
-    An empty string is yielded for each text that is left out, as a sign that the model works. Thinking whose `<think>`
-    the chat template puts into the prompt cannot be distinguished from the reply; the model server must take it out.
+    Thinking whose first tag the chat template puts into the prompt cannot be told from the reply: the model server
+    must take it out.
     """
     texts = iter(texts)
-    buffer, next_tag = "", THINK_START
+    buffer, end_tag = "", None
     for text in texts:
-        buffer, next_tag = skip_think_tags(buffer + text, next_tag)
-        if next_tag == THINK_START and not THINK_START.startswith(buffer):
+        buffer, end_tag = skip_think_tags(buffer + text, end_tag)
+        start = buffer.lstrip()
+        if end_tag is None and not any(tag.startswith(start) for tag in THINK_TAGS):
             break
         yield ""
-    if next_tag == THINK_START:
+    if end_tag is None:
         yield buffer
     yield from texts
 
 
-def skip_think_tags(buffer, next_tag):
-    """Return the buffer without white space and thinking at its beginning, and the tag that may come next."""
+def skip_think_tags(buffer, end_tag):
+    """Return the buffer without whole thinking at its beginning, and the tag that ends thinking that is not whole."""
     while True:
-        if next_tag == THINK_START:
-            buffer = buffer.lstrip()
-            if not buffer.startswith(THINK_START):
-                return buffer, THINK_START
-            buffer, next_tag = buffer.removeprefix(THINK_START), THINK_END
-        before, tag, after = buffer.partition(THINK_END)
-        if not tag:
-            return before[1 - len(THINK_END) :], THINK_END  # what may be the first half of the tag
-        buffer, next_tag = after, THINK_START
+        if end_tag:
+            before, tag, after = buffer.partition(end_tag)
+            if not tag:
+                return before[1 - len(end_tag) :], end_tag  # what may be the first half of the tag
+            buffer, end_tag = after, None
+        start = buffer.lstrip()
+        start_tag = next((tag for tag in THINK_TAGS if start.startswith(tag)), None)
+        if not start_tag:
+            return buffer, None
+        buffer, end_tag = start.removeprefix(start_tag), THINK_TAGS[start_tag]
 
 
-def parse_error(status, body, retry_after=None):
+def parse_error(status, body, headers=()):
     """Return the BotError for an error response. Its message has the status, kind and length, but no word of it."""
     fields = find_error_fields(body)
     kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
-    metadata = fields.get("metadata")
-    texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
-    texts = [*kinds, *(text for text in texts if isinstance(text, str))]
+    words = f"{' '.join(kinds)} {orjson.dumps(fields, default=str).decode()}"
     if status == 200:
+        texts = (*kinds, str(fields.get("message")))
         status = next((int(match[0]) for match in map(ERROR_STATUS.match, texts) if match), 200)
     shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
     summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
-    words = " ".join(texts)
-    is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY_KIND.search(" ".join(kinds)))
+    delay = parse_retry_delay(dict(headers), words)
+    is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY.search(words))
+    is_output = fields.get("param") in ("max_tokens", "max_completion_tokens") or OUTPUT_LIMIT.search(words)
     is_exceeded = status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)
-    if status == 413 or is_exceeded or REQUEST_TOO_LARGE.search(words):
+    if status == 413 or REQUEST_TOO_LARGE.search(words) or (is_exceeded and not is_output):
         return ContextExceeded(summary)
-    return BotBusy(summary, parse_retry_after(retry_after)) if is_busy else BotError(summary)
+    if is_busy and not (NO_QUOTA.search(words) and delay is None):
+        return BotBusy(summary, delay or DEFAULT_RETRY_AFTER)
+    if status in (200, 400, 403, 422) and REFUSED.search(words):
+        return BotRefused(summary)
+    return BotError(summary)
 
 
 def find_error_fields(body):
@@ -274,14 +310,25 @@ def find_error_fields(body):
     return error if isinstance(error, dict) else {"message": error}
 
 
-def parse_retry_after(value):
-    """Return the seconds of a Retry-After header, which is a number or a date, within sensible bounds."""
-    value = (value or "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", value):
-        seconds = float(value)
-    else:
-        try:
-            seconds = mktime_tz(parsedate_tz(value)) - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return DEFAULT_RETRY_AFTER
+def parse_retry_delay(headers, words):
+    """Return the seconds after which a retry may succeed, by the headers or the words of an error; None if unknown."""
+    headers = {name.lower(): value for name, value in headers.items()}
+    for name, unit in (
+        ("retry-after-ms", "ms"),
+        ("x-retry-after-ms", "ms"),
+        ("retry-after", "s"),
+        ("x-retry-after", "s"),
+    ):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", value):
+            return limit_delay(float(value) * SECONDS[unit])
+        with suppress(TypeError, ValueError, OverflowError):
+            return limit_delay(mktime_tz(parsedate_tz(value)) - time.time())
+    match = RETRY_DELAY.search(words)
+    durations = DURATION.findall(match[1].lower()) if match else ()
+    return limit_delay(sum(float(number) * SECONDS[unit] for number, unit in durations)) if durations else None
+
+
+def limit_delay(seconds):
+    """Return a delay in whole seconds within sensible bounds."""
     return min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER)

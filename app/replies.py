@@ -27,6 +27,7 @@ from app.errors import (
     to_http_exception,
 )
 from app.models import exchange as exchanges
+from app.security import record_send
 from app.validation import is_blank
 
 MAX_REPLY_CHARS = 100_000
@@ -233,7 +234,7 @@ class ReplyManager:
     def start(self, exchange, request_id):
         """Commit the session, which has added the exchange, and generate its reply in the background; return the reply.
 
-        Raises TooManyRequests if the user has MAX_CONCURRENT_REPLIES in progress in this process.
+        Raises what reserve() does.
         """
         self.reserve(exchange.user_id)
         try:
@@ -252,13 +253,21 @@ class ReplyManager:
         return reply
 
     def reserve(self, user_id):
-        """Count one more reply of a user. Raises TooManyRequests, or ServiceUnavailable when the server is stopped."""
+        """Count one more reply of a user, in progress and begun.
+
+        Raises TooManyRequests beyond MAX_CONCURRENT_REPLIES and SEND_RATE_LIMIT, ServiceUnavailable during a shutdown.
+        """
         with self.lock:
             if self.is_shutting_down:
                 raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
             if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
                 raise TooManyRequests("Too many replies in progress, try again later", retry_after=RETRY_AFTER)
             self.counts[user_id] += 1
+        try:
+            record_send(user_id)
+        except TooManyRequests:
+            self.release(user_id)
+            raise
 
     def release(self, user_id):
         """Count one reply of a user less."""

@@ -30,7 +30,7 @@ def hash_version(version):
 
 def is_not_modified(etag):
     """Return whether the client has the response with this ETag already."""
-    return request.if_none_match.contains_weak(etag)
+    return any(request.if_none_match.contains_weak(f"{etag}{suffix}") for suffix in ("", "-gzip", "-br"))  # Apache's
 
 
 def conditional_response(body, etag, next_page=None):

@@ -1,16 +1,18 @@
-"""The database's schema when the server starts: the migrations that it lacks are applied."""
+"""The database when the server starts and ends: its migrations, and its last connection."""
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from flask import current_app
 from flask_migrate import upgrade
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from app import db
+from app.database import autocommit
 from app.errors import get_reason
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
@@ -54,3 +56,12 @@ def is_schema_newer():
         applied = MigrationContext.configure(connection).get_current_heads()
     revisions = ScriptDirectory(MIGRATIONS).walk_revisions()
     return not {revision.revision for revision in revisions}.issuperset(applied)
+
+
+def close_database(app):
+    """Let SQLite move its write-ahead log into the database, so that a copy of that file is whole."""
+    with app.app_context(), suppress(SQLAlchemyError):
+        if db.engine.dialect.name == "sqlite":
+            with autocommit(db.engine).connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.engine.dispose()

@@ -1,4 +1,4 @@
-"""Fields of the body, headers and parameters of the query string, or 400."""
+"""Fields of the body, headers and parameters of the query string, or 400; the rules for usernames and passwords."""
 
 import re
 import unicodedata
@@ -9,6 +9,8 @@ from werkzeug.routing import BaseConverter
 
 from app.database import MAX_ID
 
+MAX_USERNAME_LENGTH = 80
+MAX_PASSWORD_LENGTH = 1024
 # Letters, symbols and marks (the last two are variation selectors) that look blank, though they are neither white
 # space nor control or format characters.
 BLANK_CHARACTERS = re.compile(
@@ -31,11 +33,23 @@ def get_json():
 
 def get_string(name, max_length, min_length=1):
     """Return a string of the body; abort with 400 if it is missing, blank, or not within the bounds in characters."""
+    return get_checked(name, check_string, max_length, min_length)
+
+
+def get_checked(name, check, *bounds):
+    """Return what a check returns for a string of the body; abort with 400 if it is missing or invalid."""
     value = get_json().get(name)
     if not isinstance(value, str):
         abort(400, f"{name} must be a string")
-    check_string(name, value, max_length, min_length)
-    return value
+    return abort_if_invalid(check, name, value, *bounds)
+
+
+def abort_if_invalid(check, *args):
+    """Return what a check returns; abort with 400 if it raises ValueError."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        abort(400, str(error))
 
 
 def get_bool(name):
@@ -57,17 +71,32 @@ def get_int(name):
 def get_str_arg(name, max_length):
     """Return a parameter of the query string, or None if it is missing or empty; abort with 400 if it is invalid."""
     value = request.args.get(name)
-    if value:
-        check_string(name, value, max_length)
-    return value or None
+    return abort_if_invalid(check_string, name, value, max_length) if value else None
 
 
 def check_string(name, value, max_length, min_length=1):
-    """Abort with 400 if a string is blank, has a NUL, or not the right length in characters."""
+    """Return a string. Raises ValueError if it is blank, has a NUL, or not the right length in characters."""
     if not min_length <= len(value) <= max_length or is_blank(value):
-        abort(400, f"{name} must be {min_length} to {max_length} characters long and not blank")
+        raise ValueError(f"{name} must be {min_length} to {max_length} characters long and not blank")
     if "\0" in value:
-        abort(400, f"{name} must not contain NUL")
+        raise ValueError(f"{name} must not contain NUL")
+    return value
+
+
+def check_username(name, value):
+    """Return a username in NFKC. Raises ValueError if it is invalid."""
+    username = unicodedata.normalize("NFKC", check_string(name, value, MAX_USERNAME_LENGTH))
+    if len(username) > MAX_USERNAME_LENGTH:
+        raise ValueError(f"{name} must be 1 to {MAX_USERNAME_LENGTH} characters long after NFKC")
+    if username != username.strip() or any(is_invisible(character) for character in username if character != " "):
+        raise ValueError(f"{name} must not begin or end with a space or contain invisible characters")
+    return username
+
+
+def check_new_password(name, value, min_length):
+    """Return a new password in NFKC. Raises ValueError if that, or what was typed, is invalid."""
+    check_string(name, value, MAX_PASSWORD_LENGTH, min_length)
+    return check_string(name, unicodedata.normalize("NFKC", value), MAX_PASSWORD_LENGTH, min_length)
 
 
 def is_blank(value):

@@ -14,7 +14,7 @@ from flask_migrate import upgrade
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 
-from config import SETTINGS, Config
+from config import SETTINGS, load_config
 
 # Empty counts as unset: neither the environment nor a developer's .env reaches a test, in subprocesses either.
 os.environ.update(dict.fromkeys(SETTINGS, ""))
@@ -204,7 +204,7 @@ def create_fast_app(config, bot):
 
 def reuse_app(app, config, bot):
     """Give an application what create_app() gives to a new one: it counts nothing, and no session is open."""
-    app.config["SESSIONS_VALID_FROM"] = Config(config).SESSIONS_VALID_FROM
+    app.config["SESSIONS_VALID_FROM"] = load_config(config)["SESSIONS_VALID_FROM"]
     rate_limiter.init_app(app)
     app.extensions["replies"] = replies.ReplyManager(app, bot or create_bot(app.config))
     return app

@@ -6,7 +6,6 @@ from sqlalchemy import func, select
 from app import db
 from app.models import Conversation, Message, User
 from tests.conftest import (
-    CHEAP_HASH,
     PASSWORD,
     can_log_in,
     create_logged_in_client,
@@ -114,19 +113,8 @@ def test_password_min_length_applies_to_the_new_password_only(make_app):
     ada = log_in(make_app(PASSWORD_MIN_LENGTH=8), password="a")
     error = {"error": "new_password must be 8 to 1024 characters long and not blank"}
     assert change_password(ada, "a", "b" * 7) == (400, error)
-    assert change_password(ada, "a", "Password1") == (400, {"error": "new_password is too common"})
     assert change_password(ada, "b", NEW_PASSWORD) == WRONG_PASSWORD
     assert change_password(ada, "a", NEW_PASSWORD) == PASSWORD_CHANGED
-
-
-@pytest.mark.parametrize("method", [CHEAP_HASH, "pbkdf2:sha256:2"])
-def test_change_password_hashes_with_the_configured_method(make_app, method):
-    create_logged_in_client(make_app(), "ada")
-    app = make_app(PASSWORD_HASH_METHOD=method)
-    assert change_password(log_in(app)) == PASSWORD_CHANGED
-    with app.app_context():
-        assert User.get_by_username("ada").password_hash.startswith(f"{method}$")
-    assert can_log_in(app, NEW_PASSWORD)
 
 
 # Deleting the account
@@ -193,21 +181,6 @@ def test_wrong_passwords_count_together_with_failed_logins(make_app, call):
     assert app.test_client().login("ada").status_code == 429
     assert ada.is_logged_in()
     assert call(bob)[0] in (200, 204)
-
-
-def test_right_passwords_do_not_count_as_failures(make_app):
-    ada = create_logged_in_client(make_app(LOGIN_RATE_LIMIT="1 per minute"), "ada")
-    assert [change_password(ada, new_password=PASSWORD) for _ in range(3)] == [PASSWORD_CHANGED] * 3
-
-
-@both_calls
-def test_concurrent_wrong_passwords_return_403_up_to_the_limit(make_app, call):
-    app = make_app(LOGIN_RATE_LIMIT="2 per minute")
-    ada = create_logged_in_client(app, "ada")
-    clients = [create_other_client(ada) for _ in range(8)]
-    statuses = run_concurrently(8, lambda number: call(clients[number], f"wrong {number}")[0])
-    assert sorted(statuses) == [403] * 2 + [429] * 6
-    assert call(ada)[0] == 429
 
 
 # Concurrent requests

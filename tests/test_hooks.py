@@ -14,7 +14,9 @@ from tests.helpers.statuses import failing_bot, request_every_status
 
 pytestmark = on_sqlite
 LINE = re.compile(r"(?P<time>\S+) (?P<level>[A-Z]+) \[(?P<request_id>[\w.-]+)\] (?P<message>.+)")
-REQUEST = re.compile(r"(?P<method>[A-Z]+) (?P<path>\S+) (?P<status>\d{3}) (?P<ms>\d+\.\d) ms user=(?P<user>\S+)")
+REQUEST = re.compile(
+    r"(?P<method>[A-Z]+) (?P<path>\S+) (?P<status>\d{3}) (?P<ms>\d+\.\d) ms user=(?P<user>\S+) from (?P<address>\S+)"
+)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_each_request_is_one_line_of_the_log(log_app, capsys):
         assert datetime.fromisoformat(line["time"]).tzinfo
         fields = REQUEST.fullmatch(line["message"]).groupdict()
         assert (fields["method"], fields["path"], fields["status"]) == (method, path, status)
-        assert fields["user"] == user
+        assert (fields["user"], fields["address"]) == (user, "127.0.0.1")
         assert 0 <= float(fields["ms"]) < 60_000
 
 
@@ -96,7 +98,7 @@ def test_log_format_json_is_one_object_for_each_request(log_app, capsys):
     fields = json.loads(line)
     assert datetime.fromisoformat(fields.pop("time")).tzinfo
     assert 0 <= fields.pop("duration_ms") < 60_000
-    assert re.fullmatch(r"GET /api/conversations 200 \d+\.\d ms user=1", fields.pop("message"))
+    assert re.fullmatch(r"GET /api/conversations 200 \d+\.\d ms user=1 from 127\.0\.0\.1", fields.pop("message"))
     assert fields == {
         "level": "INFO",
         "logger": "app.requests",
@@ -104,6 +106,7 @@ def test_log_format_json_is_one_object_for_each_request(log_app, capsys):
         "method": "GET",
         "path": "/api/conversations",
         "status": 200,
+        "address": "127.0.0.1",
         "user_id": 1,
     }
 
@@ -195,3 +198,53 @@ def test_path_cannot_forge_a_line_of_the_log(log_app, capsys, log_format, path):
     assert output.rstrip("\n").isprintable()
     if log_format == "text":
         assert REQUEST.fullmatch(parse_lines(output)[0]["message"])
+
+
+def test_failure_before_the_request_begins_is_a_500_in_json_with_a_request_id(app, client, monkeypatch):
+    monkeypatch.setattr(app.session_interface, "open_session", lambda *args: 1 / 0)
+    response = client.get("/api/test")
+    assert (response.status_code, response.json) == (500, {"error": "Internal server error"})
+    assert re.fullmatch("[0-9a-f]{16}", response.headers["X-Request-ID"])
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_stream_is_logged_when_it_ends_with_what_it_notes(log_app, capsys, log_format):
+    app = log_app(LOG_FORMAT=log_format)
+
+    @app.get("/stream")
+    def stream():
+        fields = g.log_fields
+
+        def generate():
+            for fields["characters"] in range(1, 4):
+                yield "x"
+
+        return app.response_class(generate(), mimetype="text/event-stream")
+
+    response = app.test_client().get("/stream", buffered=False)
+    assert next(response.response) == b"x"
+    assert capsys.readouterr().err == ""
+    response.close()
+    output = capsys.readouterr().err
+    if log_format == "json":
+        assert json.loads(output)["characters"] == 1
+    else:
+        assert output.endswith(" user=- from 127.0.0.1 characters=1\n")
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("br", 415), ("gzip, identity", 415), ("Identity", 401)])
+def test_body_with_a_content_coding_returns_415(client, coding, status):
+    body = {"username": "ada", "password": "secret"}
+    response = client.post("/api/login", json=body, headers={"Content-Encoding": coding})
+    assert response.status_code == status
+    assert status == 401 or response.json["error"].startswith("The body must not be compressed")
+
+
+def test_longest_message_arrives_however_it_is_escaped(client, ada, conversation_id):
+    body = json.dumps({"text": "😀" * 100_000})
+    assert len(body) > 1_200_000
+    path = f"/api/conversations/{conversation_id}/messages"
+    assert ada.post(path, data=body, content_type="application/json").status_code == 201

@@ -22,6 +22,7 @@ SCHEMA = {
         "last_login": TIMESTAMP,
         "last_logout": TIMESTAMP,
         "session_token": "VARCHAR(43)",
+        "is_disabled": "BOOLEAN NOT NULL",
     },
     "conversation": {
         "id": "BIGINT NOT NULL",
@@ -307,7 +308,7 @@ def test_failing_migration_logs_what_failed_and_changes_nothing(empty_app, add_m
 def test_migration_may_take_longer_than_a_request(empty_app, add_migration, monkeypatch):
     assert run_flask_db(empty_app, "upgrade") == 0
     folder = add_migration("conversation", 'op.execute("SELECT pg_sleep(1)")')
-    monkeypatch.setattr("app.postgresql.ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr("app.database.ANSWER_TIMEOUT", 0.5)
     assert run_flask_db(empty_app, "upgrade", "--directory", folder) == 0
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from app import create_app
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated, create_bot
-from app.openai_bot import ModelConnection
-from app.openai_protocol import MAX_LINE_BYTES, parse_retry_after, skip_thinking
+from app.openai_protocol import MAX_EVENT_BYTES, skip_thinking
 from config import ConfigError
 from tests.helpers.bots import collect
 from tests.helpers.model_server import (
@@ -345,7 +344,7 @@ def test_stop_ends_reply_at_once(model, monkeypatch):
 
 
 def test_long_line_ends_response(model):
-    model.ending = [b"data: " + b"x" * MAX_LINE_BYTES, b"x", stall]
+    model.ending = [b"data: " + b"x" * MAX_EVENT_BYTES, b"x", stall]
     text, error = ask(model)
     assert (text, str(error)) == ("Hello there.", "the model's response is too long")
 

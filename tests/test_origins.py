@@ -165,6 +165,30 @@ def test_host_outside_trusted_hosts_returns_400(make_app, host, status):
     assert list(response.json) == (["message"] if status == 200 else ["error"])
 
 
+@pytest.mark.parametrize(
+    ("url", "host", "origin", "status"),
+    [
+        ("http://localhost", "chat.example.com:80", "http://chat.example.com", 401),
+        ("https://localhost", "chat.example.com:443", "https://chat.example.com", 401),
+        ("https://localhost", "[::1]:443", "https://[::1]", 401),
+        ("https://localhost", "chat.example.com:80", "https://chat.example.com", 403),
+        ("http://localhost", "chat.example.com:8080", "http://chat.example.com", 403),
+    ],
+)
+def test_default_port_in_host_is_that_of_the_own_origin(client, url, host, origin, status):
+    environ = {"HTTP_HOST": host}
+    response = client.post(
+        "/api/login", base_url=url, json=LOGIN, headers={"Origin": origin}, environ_overrides=environ
+    )
+    assert response.status_code == status
+
+
+@pytest.mark.parametrize(("site", "status"), [("same-origin", 401), ("same-site", 403), ("cross-site", 403), ("", 403)])
+def test_origin_null_is_accepted_only_from_a_page_of_the_same_origin(client, site, status):
+    headers = {"Origin": "null", "Sec-Fetch-Site": site}
+    assert client.post("/api/login", json=LOGIN, headers=headers).status_code == status
+
+
 # Reads
 
 
@@ -256,7 +280,7 @@ def test_response_may_be_kept_only_with_its_etag(failing_app):
         assert response.headers["Cache-Control"] == expected
 
 
-@pytest.mark.parametrize("path", ["/api/test", "/api/conversations", "/unknown", "/api/docs"])
+@pytest.mark.parametrize("path", ["/api/test", "/api/conversations", "/unknown", "/api/docs/"])
 def test_response_over_https_demands_https(client, path):
     response = client.get(path, base_url="https://localhost")
     assert response.headers["Strict-Transport-Security"].startswith("max-age=31536000")

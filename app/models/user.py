@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from flask_login import UserMixin
-from sqlalchemy import String, bindparam, case, delete, event, func, select, update
+from sqlalchemy import String, bindparam, case, delete, event, false, func, select, update
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -30,6 +30,7 @@ class User(UserMixin, db.Model):
     last_login: Mapped[datetime | None]
     last_logout: Mapped[datetime | None]
     session_token: Mapped[str | None] = mapped_column(String(43), unique=True)
+    is_disabled: Mapped[bool] = mapped_column(default=False, server_default=false())
 
     conversations: Mapped[list[Conversation]] = relationship(back_populates="user", passive_deletes=True)
 
@@ -101,11 +102,12 @@ class User(UserMixin, db.Model):
     def log_in(self, valid_from, password_hash=None):
         """Open a session, or join that of the user's other devices; optionally store the password's hash anew.
 
-        Returns the user as stored, or None if the hash has been changed, or the user deleted, since it was loaded.
+        Returns the user as stored, or None if the user was given another hash, disabled or deleted since it was loaded.
         """
         token = case((User.is_online(valid_from), User.session_token), else_=secrets.token_urlsafe(32))
         return self.update_if(
             User.password_hash == self.password_hash,
+            User.is_disabled.is_(False),
             is_logged_in=True,
             last_login=max(datetime.now(UTC), valid_from),  # the clock may have been set back since
             session_token=token,
@@ -114,12 +116,12 @@ class User(UserMixin, db.Model):
 
     def log_out(self):
         """End the session on all devices; return None if it has ended already."""
-        return self.update_if(
-            User.session_token == self.session_token,
-            is_logged_in=False,
-            last_logout=datetime.now(UTC),
-            session_token=None,
-        )
+        return self.end_session(User.session_token == self.session_token)
+
+    def end_session(self, *conditions, **values):
+        """End the session on all devices, if the user has one, and change other values; see update_if()."""
+        last_logout = datetime.now(UTC) if self.is_logged_in else self.last_logout
+        return self.update_if(*conditions, is_logged_in=False, session_token=None, last_logout=last_logout, **values)
 
     def change_password(self, password_hash):
         """Store a new password, and open a new session; return None if the old one has ended already."""

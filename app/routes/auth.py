@@ -1,34 +1,37 @@
 """Users and sessions: sign-up, login, logout, status, password, account."""
 
-import unicodedata
+import re
 
 from flask import Blueprint, abort, current_app, g, request, session
 from flask_login import current_user, login_required, login_user, logout_user
 from orjson import Fragment
-from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app import db, login_manager
-from app.database import SAFE_METHODS, DatabaseQuery, autocommit
+from app.database import SAFE_METHODS, autocommit, is_answering
 from app.errors import database_unavailable
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import (
+    authenticate,
     client_address,
     hash_password,
-    is_common_password,
     needs_rehash,
     rate_limiter,
-    verify_login,
+    verify_password,
 )
-from app.validation import get_int_arg, get_string, is_invisible
+from app.validation import (
+    MAX_PASSWORD_LENGTH,
+    check_new_password,
+    check_username,
+    get_checked,
+    get_int_arg,
+    get_string,
+)
 
-MAX_USERNAME_LENGTH = 80
-MAX_PASSWORD_LENGTH = 1024
 MAX_PAGE_SIZE = 100
 HEALTH_TIMEOUT = 1  # seconds
-COMMON_PASSWORDS_REFUSED_FROM = 8  # the lowest PASSWORD_MIN_LENGTH with which new passwords must not be common
 
 bp = Blueprint("auth", __name__)
 
@@ -39,8 +42,8 @@ def load_user(session_token):
 
     For a write, read the user in a database session of its own, so that no connection is held.
     """
-    if not isinstance(session_token, str) or "\0" in session_token:  # another app with this SECRET_KEY signed it
-        return None
+    if not isinstance(session_token, str) or not re.fullmatch(r"[\w-]{43}", session_token, re.ASCII):
+        return None  # another app with this SECRET_KEY signed it
     valid_from = current_app.config["SESSIONS_VALID_FROM"]
     if request.method in SAFE_METHODS:
         user = User.get_by_session_token(session_token, valid_from)
@@ -67,10 +70,7 @@ def test():
 @bp.get("/api/health")
 def health():
     """Return that the database answers; abort with 503 if it does not within HEALTH_TIMEOUT."""
-    query = DatabaseQuery(db.engine, select(User.id).limit(1))
-    query.start()
-    query.join(HEALTH_TIMEOUT)
-    if not query.is_answered:
+    if not is_answering(db.engine, HEALTH_TIMEOUT):
         raise database_unavailable()
     return {"status": "ok"}
 
@@ -78,11 +78,11 @@ def health():
 @bp.post("/api/signup")
 def signup():
     """Create a user."""
+    if current_app.config["SIGNUP"] == "closed":
+        abort(403, "Sign-up is closed")
     username, password = get_username(), get_new_password("password")
     rate_limiter.record(current_app.config["SIGNUP_RATE_LIMIT"], "signup", client_address())
-    is_taken = User.get_by_username(username) is not None
-    db.session.close()  # holds no connection while the password is hashed
-    if is_taken:
+    if get_user(username):
         abort(400, "Username already exists")
     user = User(username=username, password_hash=hash_password(password))
     db.session.add(user)
@@ -96,7 +96,7 @@ def signup():
 @bp.post("/api/login")
 def login():
     """Open a session."""
-    user = log_in(get_username(), get_password("password"))
+    user = open_session(get_username(), get_password("password"))
     db.session.commit()
     set_session_cookie(user)
     return {"message": "Login successful", "user": user.to_dict()}
@@ -158,46 +158,49 @@ def delete_account():
 
 def get_username():
     """Return the username of the body in NFKC; abort with 400 if it is invalid."""
-    username = unicodedata.normalize("NFKC", get_string("username", MAX_USERNAME_LENGTH))
-    if len(username) > MAX_USERNAME_LENGTH:
-        abort(400, f"username must be 1 to {MAX_USERNAME_LENGTH} characters long after NFKC")
-    if username != username.strip() or any(is_invisible(character) for character in username if character != " "):
-        abort(400, "username must not begin or end with a space or contain invisible characters")
-    return username
+    return get_checked("username", check_username)
 
 
 def get_password(name):
-    """Return a password of the body; abort with 400 if it is missing or invalid."""
+    """Return a password of the body as it was typed; abort with 400 if it is missing or invalid."""
     return get_string(name, MAX_PASSWORD_LENGTH)
 
 
 def get_new_password(name):
     """Return a password of the body; abort with 400 if it does not meet the requirements for new ones."""
-    min_length = current_app.config["PASSWORD_MIN_LENGTH"]
-    password = get_string(name, MAX_PASSWORD_LENGTH, min_length)
-    if min_length >= COMMON_PASSWORDS_REFUSED_FROM and is_common_password(password):
-        abort(400, f"{name} is too common")
-    return password
+    return get_checked(name, check_new_password, current_app.config["PASSWORD_MIN_LENGTH"])
 
 
-def log_in(username, password):
-    """Return the user with a session if the password is right, else abort with 401."""
-    user = User.get_by_username(username)
+def open_session(username, password):
+    """Return the user with a session; abort with 401 if the password is wrong, 403 if the account is disabled."""
+    user = get_user(username)
     if not authenticate(username, user, password):
         abort(401, "Invalid username or password")
-    new_hash = hash_password(password) if needs_rehash(user.password_hash) else None
-    logged_in = user.log_in(current_app.config["SESSIONS_VALID_FROM"], new_hash)
-    return logged_in or log_in(username, password)  # another request changed the hash just now
+    logged_in = log_in(user, password)
+    if not logged_in:  # the hash was changed meanwhile: by another login, or with the password
+        user = get_user(username)
+        logged_in = user and verify_password(user.password_hash, password) and log_in(user, password)
+    return logged_in or abort(401, "Invalid username or password")
 
 
-def authenticate(username, user, password):
-    """Return whether a password is that of the user (None if unknown); abort with 429 after too many attempts."""
-    db.session.close()  # holds no connection while the password is hashed
-    return verify_login(username, user, password)
+def get_user(username):
+    """Return the user of a name, or None, and hold no connection while a password is hashed."""
+    user = User.get_by_username(username)
+    db.session.close()
+    return user
+
+
+def log_in(user, password):
+    """Return the user with a session, or None if the hash of the password has been changed since it was loaded."""
+    if user.is_disabled:
+        abort(403, "This account is disabled")
+    new_hash = hash_password(password) if needs_rehash(user.password_hash, password) else None
+    return user.log_in(current_app.config["SESSIONS_VALID_FROM"], new_hash)
 
 
 def reauthenticate(password):
     """Abort with 403 if the password is not that of the current user."""
+    db.session.close()  # holds no connection while the password is hashed
     if not authenticate(current_user.username, current_user, password):
         abort(403, "Wrong password")
 

@@ -95,7 +95,7 @@ def read_long(func):
         db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
     else:
         db.session.close()  # holds no connection while other long queries run
-    return run_long_query(func, user_id, "list", in_thread=is_sqlite)
+    return run_long_query(func, user_id, in_thread=is_sqlite)
 
 
 def get_list_filters():
@@ -483,6 +483,7 @@ def generate_events(reply, updates, offset):
             offset += len(text or "")
             id = f"{reply.id} {offset}"
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
+        g.log_fields["characters"] = offset
         exchange = reply.to_list()
     except (HTTPException, SQLAlchemyError) as error:
         log_error(error)

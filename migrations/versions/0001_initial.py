@@ -28,6 +28,7 @@ def upgrade():
         sa.Column("last_login", Timestamp),
         sa.Column("last_logout", Timestamp),
         sa.Column("session_token", sa.String(43)),
+        sa.Column("is_disabled", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_user"),
         sa.UniqueConstraint("user_id", name="uq_user_user_id"),
         sa.UniqueConstraint("username", name="uq_user_username"),
@@ -87,9 +88,7 @@ def upgrade():
         **partial_index("idempotency_key IS NOT NULL"),
     )
     op.create_index("ix_message_parent_id", "message", ["parent_id"])
-    op.create_index(
-        "ix_message_in_progress", "message", ["conversation_id"], **partial_index("status = 'in_progress'")
-    )
+    op.create_index("ix_message_in_progress", "message", ["conversation_id"], **partial_index("status = 'in_progress'"))
 
 
 def downgrade():

