@@ -36,8 +36,10 @@ export const threads: RemoteThreadListAdapter = {
   async delete(id) {
     await request(`${API}/${id}`, { method: "DELETE" });
   },
-  async generateTitle(id) {
-    const { name } = await (await send("POST", `${API}/${id}/title`, {})).json();
-    return createAssistantStream((controller) => controller.appendText(name));
+  async generateTitle(id, messages) {
+    // assistant-ui asks at once, when the message may not have arrived yet, and again after the reply.
+    const isReplied = messages.some(({ role }) => role === "assistant");
+    const title = isReplied ? (await (await send("POST", `${API}/${id}/title`, {})).json()).name : "";
+    return createAssistantStream((controller) => controller.appendText(title));
   },
 };
