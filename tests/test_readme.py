@@ -1,5 +1,6 @@
 """The README's claims: its commands, its snippets, its names of settings and files."""
 
+import json
 import re
 import subprocess
 
@@ -29,16 +30,21 @@ def test_usernames_of_readme_and_demo_differ():
     assert not set(names) & set(DEMO)
 
 
-@pytest.mark.parametrize(("language", "name"), [("js", "vite.config.js"), ("ts", "transport.ts")])
-def test_example_of_a_front_end_is_that_of_the_tested_page(language, name):
-    block = get_block(language, "proxy" if language == "js" else "ChatTransport")
-    assert (ROOT / "tests" / "typescript" / "chat" / name).read_text().endswith(block)
+def test_proxy_and_calls_of_a_front_end_are_those_of_the_tested_pages():
+    chat = ROOT / "tests" / "typescript" / "chat"
+    assert (chat / "vite.config.mjs").read_text() == get_block("js", "proxy")
+    page = (chat / "main.tsx").read_text()
+    for call in ("const { chat, show } = createChat(", "useChat({ chat, resume: true });"):
+        assert call in get_block("ts", "createChat")
+        assert call in page
 
 
-def test_hooks_that_the_readme_names_are_those_of_the_tested_pages():
-    for call, name in (("useChat({ chat, resume: true })", "main.tsx"), ("useAISDKRuntime", "assistant-ui.tsx")):
-        assert f"`{call}`" in README
-        assert f"{call}" in (ROOT / "tests" / "typescript" / "chat" / name).read_text()
+def test_installed_packages_of_a_front_end_are_those_of_the_tested_pages():
+    package = json.loads((ROOT / "tests" / "typescript" / "chat" / "package.json").read_text())
+    installed = dict(re.findall(r"(\S+)@([\d.]+)", get_block("bash", "npm install")))
+    assert package["dependencies"].keys() | {"vite"} == installed.keys()
+    for name, version in {**package["dependencies"], **package["devDependencies"]}.items():
+        assert f"{version}.".startswith(f"{installed.get(name, version)}.")
 
 
 def test_commands_that_name_a_model_and_a_database_write_valid_settings(tmp_path):

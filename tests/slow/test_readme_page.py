@@ -4,50 +4,69 @@ import subprocess
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from secrets import token_hex
 
 import pytest
 
 from tests.helpers.model_server import running
 from tests.helpers.readme import get_block
-from tests.helpers.server import ROOT, TIMEOUT, wait_until
+from tests.helpers.server import ROOT, TIMEOUT, find_listed_port, wait_until
 
 
 @pytest.fixture
-def run_example(serve, browser, tmp_path):
-    """A function that runs the example in a page; it returns what the page has logged once that begins with a word."""
+def page(server, browser, tmp_path):
+    """An empty page of an origin that is allowed by default."""
     (tmp_path / "index.html").write_text("<!doctype html>")
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with running(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as pages:
-        origin = f"http://localhost:{pages.server_port}"
-        server = serve(CORS_ORIGINS=origin)
+    with running(ThreadingHTTPServer(("127.0.0.1", find_listed_port()), handler)) as pages:
         page = browser.new_page()
         page.set_default_timeout(TIMEOUT * 1000)
-        logged = []
-        page.on("console", lambda message: logged.append([argument.json_value() for argument in message.args]))
-        page.goto(f"{origin}/index.html")
-
-        def has_logged(word):
-            page.wait_for_timeout(100)  # lets the page's events arrive
-            return word in [arguments[0] for arguments in logged if arguments]
-
-        def run(text, last_word):
-            script = get_block("js", "fetch(").replace(":5000", f":{server.port}").replace("Hello", text)
-            page.evaluate(f"async () => {{ {script} }}")
-            wait_until(lambda: has_logged(last_word))
-            return [arguments for arguments in logged if arguments]
-
-        yield run
+        page.goto(f"http://localhost:{pages.server_port}/index.html")
+        yield page
         page.close()
 
 
-def test_example_of_a_page_sends_a_message_and_follows_the_reply(run_example):
-    *deltas, [_, [question, reply]] = run_example("Hello", "stored")
-    assert question["text"] == "Hello"
-    assert "".join(text for [text] in deltas) == reply["text"]
+@pytest.fixture
+def run_example(server, page):
+    """A function that runs the example in the page as a new user, with another text, and more code after it."""
+    username = token_hex(8)
+
+    def run(text, more=""):
+        script = get_block("js", "EventSource(").replace('"grace"', f'"{username}"').replace("Hello", text)
+        script = script.replace(":5000", f":{server.port}")
+        page.evaluate(f"async () => {{ {script} {more} }}")
+
+    return run
 
 
-def test_example_of_a_page_reads_why_a_reply_failed(run_example):
-    assert run_example("/drop 3", "failed")[-1] == ["failed", "The bot failed to answer"]
+def wait_for_lines(page, *lines):
+    """Wait until the page shows some lines."""
+    wait_until(lambda: [line.strip() for line in page.locator("body").inner_text().splitlines()] == [*lines])
+
+
+def test_example_of_a_page_shows_the_reply_also_after_a_reload(page, run_example):
+    run_example("/long 3")
+    wait_for_lines(page, "1 2 3")
+    page.reload()
+    run_example("/long 4")
+    wait_for_lines(page, "Username already exists", "1 2 3 4")
+
+
+@pytest.mark.parametrize(("text", "shown"), [("/fail", ""), ("/drop 3", "1 2 3 ")])
+def test_example_of_a_page_shows_why_a_reply_failed(page, run_example, text, shown):
+    run_example(text)
+    wait_for_lines(page, f"{shown}The bot failed to answer")
+
+
+def test_example_of_a_poll_shows_messages_that_were_sent_elsewhere(server, page, run_example):
+    lengths = []
+    page.on("console", lambda message: lengths.append(len(message.args[0].json_value())))
+    poll = get_block("js", "setInterval").replace("5000", "100")
+    run_example("Hello", f"{poll}; window.send = () => post(`/conversations/${{id}}/messages`, {{ text: 'Hello' }});")
+    server.wait_for(r"GET /api/conversations/\d+ 304")
+    page.evaluate("send()")
+    wait_until(lambda: page.wait_for_timeout(100) or lengths[-1] == 4)
+    assert lengths[0] == 2
 
 
 def test_page_gets_an_answer_from_a_clone_in_which_the_first_command_was_run(browser):

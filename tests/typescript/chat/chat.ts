@@ -1,28 +1,57 @@
-/** The conversation whose id is in the page's URL; opened without one, the page begins a conversation as a new user. */
+/** A chat of the AI SDK with the messages of a conversation, of which it shows one version each. */
 
 import { Chat, type UIMessage } from "@ai-sdk/react";
-import { request } from "./replies";
+import { request, send } from "./replies";
 import { createTransport } from "./transport";
 
-type Message = { id: number; sender: "user" | "bot"; text: string };
+export type Message = {
+  id: number;
+  sender: "user" | "bot";
+  text: string;
+  status?: string;
+  error?: string; // why the bot failed
+  versions?: number[]; // the ids of all versions, if there are several
+};
+export type ChatMessage = UIMessage<Pick<Message, "error" | "versions">>;
 
-async function post(path: string, body: object) {
-  const headers = { "Content-Type": "application/json" };
-  return (await request(`/api/${path}`, { method: "POST", headers, body: JSON.stringify(body) })).json();
+function toUIMessage({ id, sender, text, error, versions }: Message): ChatMessage {
+  const role = sender === "user" ? "user" : "assistant";
+  return { id: `${id}`, role, parts: [{ type: "text", text }], metadata: { error, versions } };
 }
 
-function toUIMessage({ id, sender, text }: Message): UIMessage {
-  return { id: `${id}`, role: sender === "user" ? "user" : "assistant", parts: [{ type: "text", text }] };
+/**
+ * Return the chat of a conversation and a function that shows another version of a message, by its id.
+ *
+ * `getId` returns the conversation's id if that exists, `create` creates it if necessary. A chat must not belong to a
+ * component, as one that is unmounted would stop the reply.
+ */
+export function createChat(getId: () => string | undefined, create: () => Promise<string>) {
+  async function load(): Promise<Message | undefined> {
+    if (!getId()) return;
+    const { messages } = await (await request(`/api/conversations/${getId()}?versions=1`)).json();
+    if (chat.status === "ready" || chat.status === "error") chat.messages = messages.map(toUIMessage);
+    return messages.at(-1);
+  }
+  const chat = new Chat<ChatMessage>({
+    transport: createTransport(async () => `/api/conversations/${await create()}/messages`, load),
+    async onFinish({ isAbort, isDisconnect }) {
+      // What was refused is not stored, and stays as it is; the transport loads what was stopped.
+      if (isAbort || chat.lastMessage?.role !== "assistant") return;
+      await load();
+      if (!isDisconnect) chat.clearError(); // it is shown with its message
+    },
+  });
+  async function show(messageId: number) {
+    await send("PUT", `/api/conversations/${getId()}/current`, { message_id: messageId });
+    await chat.resumeStream();
+  }
+  return { chat, show };
 }
 
-if (!location.hash) {
+/** Begin a session as a new user unless there is one; your page has a login form instead. */
+export async function logIn() {
+  if ((await fetch("/api/current_user")).ok) return;
   const credentials = { username: crypto.randomUUID(), password: crypto.randomUUID() };
-  await post("signup", credentials);
-  await post("login", credentials);
-  location.hash = (await post("conversations", { name: "A conversation" })).id;
+  await send("POST", "/api/signup", credentials);
+  await send("POST", "/api/login", credentials);
 }
-
-const url = `/api/conversations/${location.hash.slice(1)}`;
-const messages: UIMessage[] = (await (await request(url)).json()).messages.map(toUIMessage);
-// The chat does not belong to a component: one that is unmounted would stop the reply.
-export const chat = new Chat({ messages, transport: createTransport(`${url}/messages`, messages) });

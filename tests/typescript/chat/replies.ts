@@ -10,23 +10,20 @@ export async function request(url: string, init?: RequestInit): Promise<Response
   return response;
 }
 
-/** Return the ids of the last message of the user and of the reply to it if that is in progress, else nothing. */
-export async function getExchangeInProgress(url: string): Promise<string[]> {
-  const [question, reply] = await (await request(`${url}?limit=2`)).json();
-  return reply?.status === "in_progress" ? [`${question.id}`, `${reply.id}`] : [];
+/** Send JSON and return the response; throw its error. */
+export function send(method: string, url: string, json: object, headers?: HeadersInit): Promise<Response> {
+  const body = JSON.stringify(json);
+  return request(url, { method, body, headers: { "Content-Type": "application/json", ...headers } });
 }
 
-/** Return the chunks of a streamed reply; call a function with the id of the user's message once there is text. */
-export function readChunks({ body }: Response, onText: (id: string) => void): ReadableStream<UIMessageChunk> {
-  let id: string;
+/** Return the events of a reply as chunks of a message. */
+export function readChunks({ body }: Response): ReadableStream<UIMessageChunk> {
   function transform({ event, data }: EventSourceMessage, output: TransformStreamDefaultController<UIMessageChunk>) {
     const value = JSON.parse(data);
     if (event === "start") {
-      id = `${value[0].id}`;
       output.enqueue({ type: "start", messageId: `${value[1].id}` });
       output.enqueue({ type: "text-start", id: "text" });
     } else if (event === "delta") {
-      onText(id);
       output.enqueue({ type: "text-delta", id: "text", delta: value.text });
     } else if (event === "done") {
       output.enqueue({ type: "text-end", id: "text" });

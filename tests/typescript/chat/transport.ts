@@ -1,30 +1,43 @@
-import type { ChatTransport, UIMessage } from "ai";
-import { getExchangeInProgress, readChunks, request } from "./replies";
+/** The transport of useChat: how the chat sends a message, follows the reply, and stops it. */
 
-export function createTransport(url: string, stored: UIMessage[]): ChatTransport<UIMessage> {
-  const ids = new Map(stored.map(({ id }) => [id, id])); // of stored messages: from the id in the chat to the API's
-  async function stop(key: string) {
-    const id = ids.get(key) ?? (await getExchangeInProgress(url))[0];
-    if (!id) return;
-    ids.set(key, id);
-    await request(`${url}/${id}/stop`, { method: "POST" });
-  }
-  async function stream(key: string, path: string, init: RequestInit) {
-    init.signal?.addEventListener("abort", () => stop(key));
-    return readChunks(await request(url + path, init), (id) => ids.set(key, id));
+import type { ChatTransport } from "ai";
+import type { ChatMessage, Message } from "./chat";
+import { readChunks, request, send } from "./replies";
+
+/**
+ * Return a transport. `open` returns the URL of the conversation's messages, and creates the conversation if necessary;
+ * `load` shows what is stored, and returns the last message.
+ */
+export function createTransport(
+  open: () => Promise<string>,
+  load: () => Promise<Message | undefined>,
+): ChatTransport<ChatMessage> {
+  async function follow(url: string, signal?: AbortSignal) {
+    async function stop() {
+      await request(`${url}/stop`, { method: "POST" });
+      await load();
+    }
+    signal?.addEventListener("abort", stop);
+    if (signal?.aborted) await stop();
+    return readChunks(await request(`${url}/events`, { signal }));
   }
   return {
-    resumeStreamIsReplay: true,
-    async sendMessages({ messages, abortSignal: signal }) {
-      const { id: key, parts } = messages.at(-1)!;
-      const id = ids.get(key); // if it is stored, the message is edited, or its reply regenerated
-      const headers = { "Content-Type": "application/json", Accept: "text/event-stream", "Idempotency-Key": key };
-      const body = JSON.stringify({ text: parts.map((part) => (part.type === "text" ? part.text : "")).join("") });
-      return stream(key, id ? `/${id}` : "", { method: id ? "PUT" : "POST", headers, body, signal });
+    resumeStreamIsReplay: true, // the events begin with the beginning of the reply
+    async sendMessages({ messages, abortSignal }) {
+      const { id, parts } = messages.at(-1)!;
+      const text = parts.map((part) => (part.type === "text" ? part.text : "")).join("");
+      const url = await open();
+      // A stored message, whose id is a number, is edited, or its reply regenerated, if the text is the same. A new one
+      // may have arrived though no response did: its key makes it safe to send again.
+      const [method, path, key] = /^\d+$/.test(id) ? ["PUT", `/${id}`] : ["POST", "", { "Idempotency-Key": id }];
+      const response = await send(method, url + path, { text }, { Prefer: "respond-async", ...key });
+      const [, reply] = await response.json();
+      return follow(`${url}/${reply.id}`, abortSignal);
     },
-    async reconnectToStream({ abortSignal: signal }) {
-      const [key, id] = await getExchangeInProgress(url);
-      return key ? stream(key, `/${id}/events`, { signal }) : null;
+    async reconnectToStream({ abortSignal }) {
+      const reply = await load();
+      const isInProgress = reply?.status === "in_progress" && !abortSignal?.aborted;
+      return isInProgress ? follow(`${await open()}/${reply.id}`, abortSignal) : null;
     },
   };
 }
