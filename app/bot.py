@@ -16,7 +16,7 @@ HELP = """This bot is simulated. It understands these commands:
 /drop 10 fails after ten words
 /truncate 10 is cut off after ten words, as a model is at its token limit
 /help shows this list"""
-COMMAND = re.compile(r"/(slow|long|fail|drop|truncate|help)(?: +([1-9][0-9]{0,3}))?(?!\S)")
+COMMAND = re.compile(r"/(slow|long|fail|drop|truncate|help)(?:\s+([1-9][0-9]{0,3}))?(?!\S)")
 MAX_QUOTE_LENGTH = 80
 
 

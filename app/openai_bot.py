@@ -86,7 +86,7 @@ class ModelReply:
         self.has_total_timeout = has_total_timeout  # else each sign of life begins the time again
         self.deadline = time.monotonic() + bot.timeout
         self.is_over = Event()
-        self.is_late = False
+        self.is_cancelled = self.is_late = False
         self.lock = Lock()
         self.sock = None  # of the connection, see TrackedConnection
         self.completion = Completion()
@@ -97,22 +97,35 @@ class ModelReply:
         Thread(target=self.watch, daemon=True).start()
         try:
             yield from self.read_reply()
-        except (HTTPError, OSError, ValueError) as error:
-            if self.is_late or isinstance(error, ConnectTimeoutError | ReadTimeoutError | TimeoutError):
-                raise BotTimeout(f"no text from the model for {self.bot.timeout} s") from None
-            kind = type(error.__cause__ or getattr(error, "reason", None) or error).__name__
-            raise BotError(f"the connection to the model failed: {kind}") from None
+        except (HTTPError, OSError, ValueError, BotError) as error:
+            if not self.is_cancelled:
+                raise self.to_bot_error(error) from None
         finally:
             self.is_over.set()
+
+    def to_bot_error(self, error):
+        """Return the BotError for an exception: that of a connection is judged by its cause."""
+        is_timeout = isinstance(error, ConnectTimeoutError | ReadTimeoutError | TimeoutError)
+        if self.is_late or (is_timeout and not isinstance(error.__cause__, ConnectionError)):
+            return BotTimeout(f"no text from the model for {self.bot.timeout} s")
+        if isinstance(error, BotError):
+            return error
+        causes = [cause for cause in (error.__cause__, *error.args) if isinstance(cause, Exception)]
+        return BotError(f"the connection to the model failed: {type((causes or [error])[0]).__name__}")
 
     def watch(self):
         """Shut the connection down at the deadline."""
         while not self.is_over.wait(max(0, self.deadline - time.monotonic())):
             if time.monotonic() >= self.deadline:
                 self.is_late = True
-                return self.cancel()
+                return self.shut_down()
 
     def cancel(self):
+        """End the reply, unless it has ended; any thread may do so."""
+        self.is_cancelled = True
+        self.shut_down()
+
+    def shut_down(self):
         """Shut the connection down, which wakes the thread that reads from it."""
         with self.lock:
             self.is_over.set()
@@ -157,7 +170,7 @@ class ModelReply:
                 if not any(completion.texts):
                     raise
                 completion.finish_reason = completion.finish_reason or "length"
-            except (HTTPError, OSError):
+            except (HTTPError, OSError, BotError):
                 if not completion.is_finished:
                     raise
         completion.check_end()
@@ -173,8 +186,8 @@ class ModelReply:
             if not 200 <= response.status < 300:
                 raise parse_error(response.status, self.read_error(response), response.headers.items())
             yield response
-            self.sock.settimeout(DRAIN_TIMEOUT)
             with suppress(HTTPError, OSError):
+                self.sock.settimeout(DRAIN_TIMEOUT)
                 response.read1(BLOCK_BYTES)  # at the end of the response, its connection can be used again
         finally:
             with self.lock:
@@ -199,15 +212,16 @@ class ModelReply:
 
     def receive(self, block):
         """Yield the text of a block, if there is any. Raises BotError after the text before an error."""
-        error = None
+        error, was_finished = None, self.completion.is_finished
         try:
             for name, data in self.parser.feed(block):
                 self.completion.receive(name, data)
         except BotError as caught:
             error = caught
         text = self.completion.take_text()
-        if text is not None:
+        if text is not None or self.completion.is_finished > was_finished:
             self.postpone_deadline()
+        if text is not None:
             yield text
         if error:
             raise error
@@ -220,10 +234,13 @@ class ModelReply:
 
     def read_error(self, response):
         """Return the body of an error response, as far as it arrives in a short time."""
-        self.sock.settimeout(min(ERROR_TIMEOUT, self.bot.timeout / 2))
+        seconds = min(ERROR_TIMEOUT, self.bot.timeout / 2)
+        body, deadline = b"", time.monotonic() + seconds
         with suppress(HTTPError, OSError):
-            return response.read(BLOCK_BYTES)
-        return b""
+            self.sock.settimeout(seconds)
+            while len(body) < BLOCK_BYTES and time.monotonic() < deadline and (block := response.read1(BLOCK_BYTES)):
+                body += block
+        return body
 
 
 REQUEST_OPTIONS = {"preload_content": False, "decode_content": True, "redirect": False, "retries": False}
@@ -263,7 +280,10 @@ class TrackedHTTPSPool(urllib3.HTTPSConnectionPool):
 
 def create_pool(url):
     """Return the connections to a server, or to the proxy that the environment names. Raises ValueError."""
-    options = {"maxsize": 20, "ssl_context": ssl.create_default_context() if url.scheme == "https" else None}
+    try:
+        options = {"maxsize": 20, "ssl_context": ssl.create_default_context() if url.scheme == "https" else None}
+    except OSError:
+        raise ValueError("SSLKEYLOGFILE must name a file that can be written") from None
     if proxy := find_proxy(url):
         headers = urllib3.make_headers(proxy_basic_auth=proxy.auth and unquote(proxy.auth))
         pool = urllib3.ProxyManager(proxy._replace(auth=None).url, proxy_headers=headers, **options)

@@ -112,7 +112,7 @@ class EventParser:
         name, data = self.name, b"\n".join(self.data)
         self.name, self.data = "", []
         if data or "error" in name:
-            yield name, data
+            yield "whole" if self.is_json else name, data
 
 
 class Completion:
@@ -145,21 +145,20 @@ class Completion:
             raise parse_error(200, orjson.dumps({"error": choice["error"]}))
         self.add_message(choice)
         reasons = [choice.get("finish_reason"), choice.get("native_finish_reason")]
-        if event.get("object") == "chat.completion" and choice and not any(reasons):
+        if (name == "whole" or event.get("object") == "chat.completion") and choice and not any(reasons):
             reasons = ["stop"]
         self.add_finish_reasons(reasons)
 
     def add_message(self, choice):
         """Add the text of a choice; a `message` in place of a `delta` may be a part, or all of the reply until now."""
-        message = choice.get("delta")
-        text = get_text(message) if isinstance(message, dict) else get_text(choice.get("message"))
-        if not isinstance(message, dict) and (received := "".join(self.texts)):
-            message = choice.get("message")
-            is_repeated = text == received and choice.get("finish_reason")
-            if is_repeated or (text.startswith(received) and text != received):
-                text = text.removeprefix(received)
-        message = message if isinstance(message, dict) else choice.get("message") or {}
-        if text or any(message.get(field) for field in SIGNS_OF_LIFE if isinstance(message, dict)):
+        messages = [message for message in (choice.get("delta"), choice.get("message")) if isinstance(message, dict)]
+        message = messages[0] if messages else {}
+        text, received = get_text(message), "".join(self.texts)
+        if message is not choice.get("delta") and received and text.startswith(received):
+            if text == received and (self.finish_reason or choice.get("finish_reason")):
+                return  # all of it once more
+            text = text if text == received else text.removeprefix(received)
+        if text or any(message.get(field) for field in SIGNS_OF_LIFE):
             self.is_continued = bool(self.finish_reason)
             self.texts.append(text)
             self.unread.append(text)
@@ -279,13 +278,14 @@ def parse_error(status, body, headers=()):
     """Return the BotError for an error response. Its message has the status, kind and length, but no word of it."""
     fields = find_error_fields(body)
     kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
-    words = f"{' '.join(kinds)} {orjson.dumps(fields, default=str).decode()}"
+    metadata = fields.get("metadata")
+    texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    words = " ".join([*kinds, *(text for text in texts if isinstance(text, str))])
     if status == 200:
-        texts = (*kinds, str(fields.get("message")))
-        status = next((int(match[0]) for match in map(ERROR_STATUS.match, texts) if match), 200)
+        status = next((int(match[0]) for match in map(ERROR_STATUS.match, (*kinds, str(texts[0]))) if match), 200)
     shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
     summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
-    delay = parse_retry_delay(dict(headers), words)
+    delay = parse_retry_delay(dict(headers), body.decode("utf-8", "replace"))
     is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY.search(words))
     is_output = fields.get("param") in ("max_tokens", "max_completion_tokens") or OUTPUT_LIMIT.search(words)
     is_exceeded = status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)
