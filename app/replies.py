@@ -162,9 +162,10 @@ class StoredReply:
 
     error = None  # as an exception, which only the process has that generated the reply
 
-    def __init__(self, exchange):
+    def __init__(self, exchange, fail_abandoned):
         self.exchange = exchange
         self.id = exchange.reply["id"]
+        self.fail_abandoned = fail_abandoned  # the manager's
 
     def read(self):
         """Return the row of the reply. Raises NotFound if it was deleted."""
@@ -180,6 +181,7 @@ class StoredReply:
         """
         silent_since = time.monotonic()
         while True:
+            self.fail_abandoned()  # there may be no other request that does
             row = self.read()
             if row.text[offset:] or time.monotonic() - silent_since > SILENCE_INTERVAL:
                 yield row.text[offset:] or None
@@ -279,7 +281,7 @@ class ReplyManager:
 
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
-        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange)
+        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange, self.fail_abandoned)
 
     def stop(self, exchange):
         """Stop a reply if it is in progress."""

@@ -601,6 +601,17 @@ def test_calls_on_reply_of_killed_process(app, ada, conversation_id, other_proce
     assert other_bot.histories == [[*before, ("user", "Again")], [("user", "Killed")]]
 
 
+def test_follower_of_reply_of_a_process_that_is_killed_gets_its_end(
+    app, ada, conversation_id, other_process, monkeypatch
+):
+    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0.1)  # between two looks for such replies
+    _, reply_id = add_abandoned_exchange(app, conversation_id, seconds=0)
+    with run_in_background(lambda: other_process.follow_reply(conversation_id, reply_id)) as [following]:
+        time.sleep(0.2)  # it follows, and no other request comes
+        age_heartbeats(app, 31)
+        assert read_events(following.result(TIMEOUT))[-1] == ("error", {"error": STOPPED}, f"{reply_id} 4 end")
+
+
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
 @waiting_or_streaming
 def test_process_that_was_taken_for_dead_loses_its_reply(app, ada, bot, conversation_id, other_process, headers, text):

@@ -235,6 +235,7 @@ def test_acknowledged_messages_survive_kill_9(serve, database):
         assert [sending.result() for sending in sendings] == [None] * 8
         check_integrity(database)
         server = serve(**SHARED_SESSIONS)
+        client.close()
         client = server.other_client(client)
         for conversation_id, exchanges in returned.items():
             check_stored(client, conversation_id, exchanges)
