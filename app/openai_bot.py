@@ -98,10 +98,13 @@ class ModelReply:
         try:
             yield from self.read_reply()
         except (HTTPError, OSError, ValueError, BotError) as error:
-            if not self.is_cancelled:
-                raise self.to_bot_error(error) from None
+            failure = self.to_bot_error(error)
+        else:
+            failure = None
         finally:
             self.is_over.set()
+        if failure and not self.is_cancelled:
+            raise failure  # not above: the error of the connection, which may quote the response, is not its context
 
     def to_bot_error(self, error):
         """Return the BotError for an exception: that of a connection is judged by its cause."""

@@ -632,12 +632,6 @@ def test_cancel_ends_reply_and_closes_connection():
     ask_each(SILENCES, cancel_reply)
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_cancel_of_unresponsive_server_ends_reply(scheme):
-    with unresponsive_address(scheme) as url:
-        assert cancel_while_reading(create_bot_for(url)(HISTORY)) == ("", None)
-
-
 def test_reply_cancelled_before_reading_is_empty(model):
     model.script = [stall]
     reply = create_model_bot(model)(HISTORY)

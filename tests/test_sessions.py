@@ -1,5 +1,6 @@
 """Sessions: their token, their end by logout or restart, their cookie."""
 
+import base64
 import re
 import time
 from datetime import UTC, datetime, timedelta
