@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from ipaddress import IPv6Address
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import click
 import orjson
 from dotenv import dotenv_values, find_dotenv
-from flask.cli import NoAppException
+from flask.cli import NoAppException, ScriptInfo
 from limits import RateLimitItem, parse_many
 from sqlalchemy import URL
 from werkzeug.security import generate_password_hash
@@ -31,12 +31,11 @@ class ConfigError(NoAppException):
     show = click.ClickException.show
 
 
-def parse_str(value):
-    """Return a text without white space around it."""
+def parse_str(value, is_multiline=False):
+    """Return a text without control characters."""
     if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
         raise ValueError("must be text in UTF-8")
-    value = value.strip()
-    if re.search(r"[\0-\x08\x0b-\x1f\x7f]", value):
+    if re.search(r"[\0-\x08\x0b-\x1f\x7f]" if is_multiline else r"[\0-\x1f\x7f]", value):
         raise ValueError("must not contain control characters")
     return value
 
@@ -76,11 +75,12 @@ def parse_int(value, minimum, maximum):
 
 def parse_bool(value):
     """Return True or False; None without a value."""
-    if value in ("", True, False):
-        return None if value == "" else value
-    if value.lower() not in ("true", "false"):
+    values = {"": None, "true": True, "false": False}
+    if isinstance(value, str) and value.lower() in values:
+        return values[value.lower()]
+    if not isinstance(value, bool):
         raise ValueError("must be true or false")
-    return value.lower() == "true"
+    return value
 
 
 def parse_choice(value, choices):
@@ -157,17 +157,16 @@ def parse_connect_args(url):
     from psycopg import ProgrammingError  # the driver takes 0.1 s that SQLite need not spend
     from psycopg.conninfo import conninfo_to_dict
 
-    parts = urlsplit(url)
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    libpq_options = [(name, value) for name, value in options if name != "prepare_threshold"]
+    url, _, query = url.partition("?")
+    options = dict(option.partition("=")[::2] for option in query.split("&") if option)
+    threshold = options.pop("prepare_threshold", None)
     try:
-        connect_args = conninfo_to_dict(urlunsplit(parts._replace(query=urlencode(libpq_options, quote_via=quote))))
-    except ProgrammingError as error:
-        hint = re.search('invalid URI query parameter: "[a-z_]+"|missing .*$', str(error))
-        raise ValueError(f"must be the URL of a postgresql:// server{f': {hint[0]}' if hint else ''}") from None
-    for name, value in options:
-        if name == "prepare_threshold":
-            connect_args[name] = None if value == "none" else parse_int(value, 0, 10**9)
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        connect_args = conninfo_to_dict(f"{url}?{query}" if query else url)
+    except ProgrammingError:
+        raise ValueError("must be the URL of a postgresql:// server, with libpq's options") from None
+    if threshold is not None:
+        connect_args["prepare_threshold"] = None if threshold == "none" else parse_int(threshold, 0, 10**9)
     return connect_args
 
 
@@ -206,8 +205,19 @@ def parse_rate_limit(value):
 def parse_rate_limit_storage(value):
     """Return the URL of a storage that the package limits knows: this process's memory or Redis."""
     parts = urlsplit(parse_str(value))
-    schemes = ("redis", "rediss", "redis+unix", "redis+sentinel", "redis+cluster")
-    if value != "memory://" and not (parts.scheme in schemes and (parts.netloc or parts.path)):
+    try:
+        servers = [urlsplit(f"//{server}") for server in parts.netloc.rpartition("@")[2].split(",")]
+        is_complete = all(server.hostname and server.port for server in servers)
+        is_valid = {
+            "redis": parts.netloc and servers[0].port != 0,
+            "rediss": parts.netloc and servers[0].port != 0,
+            "redis+unix": parts.path,
+            "redis+sentinel": is_complete and parts.path.strip("/"),
+            "redis+cluster": is_complete,
+        }.get(parts.scheme, value == "memory://")
+    except ValueError:
+        is_valid = False
+    if not is_valid:
         raise ValueError("must be memory:// or the URL of a Redis server, such as redis://localhost:6379")
     return value
 
@@ -265,7 +275,7 @@ SETTINGS = {
     "SEND_RATE_LIMIT": ("", parse_rate_limits),
     "RATE_LIMIT_STORAGE": ("memory://", parse_rate_limit_storage),
     "BOT_MODEL": ("", parse_str),
-    "BOT_SYSTEM_PROMPT": ("", parse_str),
+    "BOT_SYSTEM_PROMPT": ("", partial(parse_str, is_multiline=True)),
     "BOT_HISTORY_CHARS": ("32000", partial(parse_int, minimum=1000, maximum=10_000_000)),
     "BOT_TIMEOUT": ("60", partial(parse_int, minimum=1, maximum=3600)),
     "BOT_MAX_SECONDS": ("600", partial(parse_int, minimum=1, maximum=86400)),
@@ -324,8 +334,9 @@ def load_config(overrides=None):
     config["CORS_RESOURCES"] = {"/*": {"origins": literals}}
     if config["SESSION_COOKIE_SECURE"]:
         secure_cookies(config)
-    elif config["SESSION_COOKIE_SAMESITE"] == "None" or config["SESSION_COOKIE_PARTITIONED"]:
-        raise ConfigError("SESSION_COOKIE_SAMESITE=None and SESSION_COOKIE_PARTITIONED need SESSION_COOKIE_SECURE=true")
+    for name, value in (("SESSION_COOKIE_SAMESITE", "None"), ("SESSION_COOKIE_PARTITIONED", True)):
+        if config[name] == value and not config["SESSION_COOKIE_SECURE"]:
+            raise ConfigError(f"{name} may be {value} only with SESSION_COOKIE_SECURE=true")
     return config
 
 
@@ -342,17 +353,28 @@ def require_shared_settings():
             raise ConfigError(f"{name} must be set, because each process of this server would have its own")
 
 
+def read_env_file():
+    """Return the values of the file .env as they are written, by name; none if there is no file."""
+    if ENV_FILE.exists() and not ENV_FILE.is_file():  # to read a pipe or a device may never end
+        raise ConfigError(f"{ENV_FILE} must be a regular file")
+    try:
+        return dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{ENV_FILE} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{ENV_FILE} must be a text file in UTF-8") from None
+
+
 def load_values():
     """Return the settings that the environment or the file .env sets, as texts by name.
 
     The flask command adds the .env files of parent folders to the environment; what it has added is left out.
     """
     added = {}
-    if click.get_current_context(silent=True):
-        added = dotenv_values(find_dotenv(".flaskenv", usecwd=True)) | dotenv_values(find_dotenv(usecwd=True))
-    try:
-        values = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{ENV_FILE} cannot be read as text in UTF-8: {type(error).__name__}") from None
-    values |= {name: value for name, value in os.environ.items() if name not in added or added[name] != value}
+    context = click.get_current_context(silent=True)
+    if context and (info := context.find_object(ScriptInfo)) and info.load_dotenv_defaults:
+        paths = [find_dotenv(name, usecwd=True) for name in (".flaskenv", ".env")]
+        added = {name: value for path in paths if path for name, value in dotenv_values(path).items()}
+    environ = {name: value for name, value in os.environ.items() if name not in added or added[name] != value}
+    values = read_env_file() | environ
     return {name: values[name] for name in SETTINGS if values.get(name)}

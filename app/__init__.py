@@ -67,8 +67,7 @@ def init_extensions(app, bot):
     from app.replies import ReplyManager
     from app.security import rate_limiter
 
-    url, options = engine_options(app.config["DATABASE_URL"])
-    app.config.update(SQLALCHEMY_DATABASE_URI=url, SQLALCHEMY_ENGINE_OPTIONS=options)
+    app.config.update(engine_options(app.config["DATABASE_URL"]))
     try:
         db.init_app(app)
         app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))

@@ -198,11 +198,12 @@ def partial_index(condition):
 
 
 def engine_options(url):
-    """Return SQLALCHEMY_DATABASE_URI and SQLALCHEMY_ENGINE_OPTIONS for a DATABASE_URL; times are in seconds."""
+    """Return what Flask-SQLAlchemy is to be told for a DATABASE_URL; times are in seconds."""
     if url.startswith("sqlite"):
         # begin_immediate() waits for the lock instead of SQLite. A request that waits must not use up the pool.
-        return url, {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
-    return "postgresql+psycopg://", {
+        options = {"connect_args": {"timeout": 0}, "max_overflow": -1, "hide_parameters": True}
+        return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": options}
+    options = {
         "connect_args": CONNECT_TIMEOUTS | parse_connect_args(url),
         "isolation_level": "READ COMMITTED",  # whatever the server's or the role's default is
         "pool_size": 15,
@@ -211,6 +212,7 @@ def engine_options(url):
         "pool_pre_ping": True,
         "hide_parameters": True,
     }
+    return {"SQLALCHEMY_DATABASE_URI": "postgresql+psycopg://", "SQLALCHEMY_ENGINE_OPTIONS": options}
 
 
 def configure_engine(engine):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import BadGateway, HTTPException, NotFound, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db
 from app.bot import BotError, BotTimeout, BotTruncated
@@ -32,6 +32,8 @@ from app.validation import is_blank
 
 MAX_REPLY_CHARS = 100_000
 MAX_TITLE_CHARS = 60
+MAX_BLANK_CHARS = 10_000  # before the text
+MAX_ERROR_LENGTH = 255  # of the column
 SAVE_INTERVAL = 1  # seconds between two saves of growing replies, and between two attempts to store an end
 POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
@@ -73,7 +75,7 @@ class Reply:
                 self.chunks.append(added)
                 self.length += len(added)
                 self.changed.notify_all()
-        return added == text and len(self.held) < MAX_REPLY_CHARS
+        return added == text and len(self.held) < MAX_BLANK_CHARS
 
     def hold(self, text):
         """Return the text that can be told now, and keep the rest for the next chunk."""
@@ -84,8 +86,9 @@ class Reply:
         if is_blank(text):
             self.held = text + self.held
             return ""
-        first_line = len(text) - len(text.lstrip())
-        return text[text.rfind("\n", 0, first_line) + 1 :]  # blank lines go, the indentation stays
+        while is_blank(text.partition("\n")[0]):  # blank lines go, the indentation stays
+            text = text.partition("\n")[2]
+        return text
 
     def end(self, status, error=None):
         """Set how the reply ended; return False if it has ended before."""
@@ -144,8 +147,8 @@ class Reply:
         return "".join(self.chunks)
 
     def get_end(self):
-        """Return the status and the error, as the sentence that clients get."""
-        return self.status, self.error and error_message(self.error)
+        """Return the status and the error, as the sentence that clients get; the bot may have written it."""
+        return self.status, self.error and sanitize(error_message(self.error))[:MAX_ERROR_LENGTH]
 
     def to_list(self):
         """Return the exchange as the API shows it. Raises NotFound if it was deleted."""
@@ -153,14 +156,11 @@ class Reply:
             raise NotFound("Conversation not found")
         return exchange_to_list(self.exchange, self.get_text(), *self.get_end())
 
-    def raise_error(self):
-        """Raise the error of a reply that failed without a text."""
-        if self.status == "failed" and not self.get_text():
-            raise self.error
-
 
 class StoredReply:
     """A reply that is over, or that another process generates."""
+
+    error = None  # as an exception, which only the process has that generated the reply
 
     def __init__(self, exchange):
         self.exchange = exchange
@@ -192,12 +192,6 @@ class StoredReply:
         """Return the exchange as the API shows it."""
         row = self.read()
         return exchange_to_list(self.exchange, row.text, row.status, row.error)
-
-    def raise_error(self):
-        """Raise the error of a reply that failed without a text."""
-        row = self.read()
-        if row.status == "failed" and not row.text:
-            raise BadGateway(row.error)
 
 
 def exchange_to_list(exchange, text, status, error=None):
@@ -272,9 +266,7 @@ class ReplyManager:
     def release(self, user_id):
         """Count one reply of a user less."""
         with self.lock:
-            self.counts[user_id] -= 1
-            if not self.counts[user_id]:
-                del self.counts[user_id]
+            self.counts -= Counter([user_id])  # which drops a count of 0
 
     @contextmanager
     def reserved(self, user_id):

@@ -89,6 +89,12 @@ class Client(FlaskClient):
         path = f"/api/conversations/{conversation_id}/messages/{message_id}/events"
         return self.get(path, buffered=buffered, **kwargs)
 
+    def list_versions(self, conversation_id, message_id):
+        return self.get(f"/api/conversations/{conversation_id}/messages/{message_id}/versions")
+
+    def show_branch(self, conversation_id, message_id):
+        return self.put(f"/api/conversations/{conversation_id}/current", json={"message_id": message_id})
+
     def stop_reply(self, conversation_id, message_id):
         return self.post(f"/api/conversations/{conversation_id}/messages/{message_id}/stop")
 
@@ -333,6 +339,12 @@ def other_bot():
 def other_process(make_app, other_bot, ada):
     """A client with the session of ada at an application that generates its replies by itself."""
     return create_other_client(ada, make_app(other_bot, **SHARED_SESSIONS))
+
+
+@pytest.fixture(params=["same process", "other process"])
+def second_client(request, ada, other_process):
+    """Another client with the session of ada, at the same process or at the other one."""
+    return create_other_client(ada) if request.param == "same process" else other_process
 
 
 @pytest.fixture

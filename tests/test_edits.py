@@ -1,18 +1,25 @@
-"""Editing a user's message and regenerating its reply: nothing changes until the new reply begins."""
+"""Edits and other versions of messages: nothing is deleted, and one branch is the current one."""
 
-import threading
+import random
+import time
 
 import pytest
-from sqlalchemy import event
 
-from app import db
-from app.bot import BotBusy, BotError, BotTimeout
-from app.models import Message
-from app.models.exchange import Exchange
-from tests.conftest import SHARED_SESSIONS, create_logged_in_client, create_other_client
-from tests.helpers.bots import ASYNC, STREAM, Gate, join_deltas, read_events
-from tests.helpers.data import get_answer, get_texts
+from app.bot import BotError
+from tests.conftest import PASSWORD, SHARED_SESSIONS, create_other_client
+from tests.helpers.bots import (
+    ASYNC,
+    STREAM,
+    each_way,
+    join_deltas,
+    read_events,
+    wait_for_end,
+    wait_for_text,
+)
+from tests.helpers.data import add_conversations, count_messages, execute, get_answer, get_ids, get_texts
 from tests.helpers.server import run_all, run_concurrently, run_in_background, wait_until
+
+IN_PROGRESS = "The reply to this message is in progress: stop it first"
 
 
 @pytest.fixture
@@ -21,144 +28,122 @@ def app(make_app, bot):
 
 
 @pytest.fixture
-def messages(ada, bot, conversation_id):
+def messages(ada, conversation_id):
     """The messages of a conversation with three exchanges."""
     for text in ("First", "Second", "Third"):
         ada.send_message(conversation_id, text)
     return ada.list_messages(conversation_id)
 
 
-def start_edit(client, conversation_id, message_id, text):
-    """Edit a message without waiting for the reply; return the pair."""
-    response = client.edit_message(conversation_id, message_id, text, headers=ASYNC)
-    assert response.status_code == 202
-    assert response.headers["Preference-Applied"] == "respond-async"
-    return response.json
+def list_current(client, conversation_id, **parameters):
+    """Return the current messages, as three calls show them."""
+    path = f"/api/conversations/{conversation_id}"
+    messages = client.get(path, query_string=parameters).json["messages"]
+    assert client.get(f"{path}/messages", query_string={"limit": 100, **parameters}).json == messages
+    if not parameters:
+        assert client.list_conversations()[0]["messages"] == messages
+    return messages
 
 
-def test_edit_returns_200_and_replaces_text_and_what_follows(ada, bot, conversation_id, messages):
+# Edits
+
+
+def test_edit_with_other_text_adds_a_question_and_a_reply_in_place_of_what_followed(
+    ada, bot, conversation_id, messages
+):
     bot.steps = ["New reply"]
     response = ada.edit_message(conversation_id, messages[2]["id"], "Edited")
     assert response.status_code == 200
     question, reply = response.json
-    assert question == {**messages[2], "text": "Edited"}
-    assert list(reply) == ["id", "sender", "text", "created_at"]
+    assert [list(message) for message in response.json] == [["id", "sender", "text", "created_at"]] * 2
+    assert (question["sender"], question["text"]) == ("user", "Edited")
     assert (reply["sender"], reply["text"]) == ("bot", "New reply")
-    assert reply["id"] > messages[5]["id"]
-    assert ada.list_messages(conversation_id) == [*messages[:2], question, reply]
-    assert ada.get_message(conversation_id, messages[3]["id"]).status_code == 404
+    assert messages[5]["id"] < question["id"] < reply["id"]
+    assert list_current(ada, conversation_id) == [*messages[:2], question, reply]
+    assert [ada.get_message(conversation_id, message["id"]).json for message in messages] == messages
 
 
-def test_edit_with_same_text_regenerates_reply(ada, bot, conversation_id, messages):
+def test_edit_with_same_text_adds_a_reply(ada, bot, conversation_id, messages):
     bot.steps = ["New reply"]
-    question, reply = ada.edit_message(conversation_id, messages[4]["id"], "Third").json
-    assert question == messages[4]
-    assert reply["text"] == "New reply"
-    assert ada.list_messages(conversation_id) == [*messages[:5], reply]
+    question, reply = ada.edit_message(conversation_id, messages[2]["id"], "Second").json
+    assert question == messages[2]
+    assert (reply["id"] > messages[5]["id"], reply["text"]) == (True, "New reply")
+    assert list_current(ada, conversation_id) == [*messages[:3], reply]
 
 
-def test_edit_gives_bot_history_before_edited_message(ada, bot, conversation_id, messages):
+@pytest.mark.parametrize("text", ["Edited", "Second"], ids=["other text", "same text"])
+def test_edit_gives_bot_the_history_before_the_message(ada, bot, conversation_id, messages, text):
+    ada.edit_message(conversation_id, messages[2]["id"], text)
+    assert bot.histories[-1] == [("user", "First"), ("bot", "Hello there."), ("user", text)]
+
+
+def test_edited_out_messages_are_not_found_by_searches(ada, conversation_id, messages):
     ada.edit_message(conversation_id, messages[2]["id"], "Edited")
-    assert bot.histories[-1] == [("user", "First"), ("bot", "Hello there."), ("user", "Edited")]
+    for q, count in {"Second": 0, "Third": 0, "Edited": 1, "First": 1}.items():
+        assert len(ada.list_conversations(q=q)) == count
+        assert len(ada.get("/api/messages", query_string={"q": q}).json) == count
 
 
-def test_edit_as_stream_sends_exchange_and_text(ada, bot, conversation_id, messages):
+def test_send_after_edit_follows_the_new_branch(ada, bot, conversation_id, messages):
+    edited = ada.edit_message(conversation_id, messages[0]["id"], "Edited").json
+    sent = ada.send_message(conversation_id, "Next").json
+    assert list_current(ada, conversation_id) == edited + sent
+    assert bot.histories[-1] == [("user", "Edited"), ("bot", "Hello there."), ("user", "Next")]
+
+
+@each_way
+def test_edit_may_be_asked_for_in_each_way(ada, bot, conversation_id, messages, headers):
     bot.steps = ["New ", "reply"]
-    response = ada.edit_message(conversation_id, messages[2]["id"], "Edited", headers=STREAM)
-    assert response.status_code == 200
-    events = read_events(response)
-    name, [question, reply], _ = events[0]
-    assert name == "start"
-    assert question == {**messages[2], "text": "Edited"}
-    assert (reply["text"], reply["status"]) == ("", "in_progress")
-    assert join_deltas(events) == "New reply"
-    assert events[-1][:2] == ("done", ada.list_messages(conversation_id)[2:])
-
-
-@pytest.mark.parametrize("headers", [{}, STREAM, ASYNC], ids=["waiting", "stream", "async"])
-def test_edit_changes_nothing_until_first_chunk(ada, bot, gate, conversation_id, messages, headers):
-    bot.scripts = {"Edited": ["", gate.wait, "New "]}
-    version = ada.get("/api/conversations").headers["ETag"]
-    editor = create_other_client(ada)
-    with run_in_background(
-        lambda: editor.edit_message(conversation_id, messages[2]["id"], "Edited", headers=headers)
-    ) as [editing]:
-        wait_until(lambda: "Edited" in bot.texts)
-        assert ada.list_messages(conversation_id) == messages
-        assert ada.get(f"/api/conversations/{conversation_id}/messages").json == messages
-        assert ada.get_message(conversation_id, messages[2]["id"]).json == messages[2]
-        assert ada.get("/api/conversations?q=Edited").json == []
-        assert ada.get("/api/messages?q=Edited").json == []
-        gate.set()
-    assert editing.result().status_code < 300
-    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New "])
-    assert ada.get("/api/conversations").headers["ETag"] != version
-
-
-def test_edit_is_shown_from_first_chunk_on(ada, bot, gate, conversation_id, messages):
-    bot.scripts = {"Edited": ["New ", gate.wait, "reply"]}
-    question, reply = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"] == "New ")
-    assert ada.list_messages(conversation_id) == [*messages[:2], question, {**reply, "text": "New "}]
-
-
-@pytest.mark.parametrize("index", [0, 1], ids=["question", "reply"])
-def test_reply_of_pending_edit_can_be_read_and_followed(ada, bot, gate, conversation_id, messages, monkeypatch, index):
-    monkeypatch.setattr("app.replies.SILENCE_INTERVAL", 0.1)  # the head comes before the first chunk
-    bot.scripts = {"Edited": [gate.wait, "New ", "reply"]}
-    exchange = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    assert ada.get_message(conversation_id, exchange[1]["id"]).json == exchange[1]
-    response = ada.follow_reply(conversation_id, exchange[index]["id"], buffered=False)
-    gate.set()
-    events = read_events(response)
-    assert events[0][:2] == ("start", exchange)
-    assert events[-1][:2] == ("done", ada.list_messages(conversation_id)[2:])
-
-
-FAILURES = {
-    "error": ([BotError("down")], 502),
-    "time-out": ([BotTimeout("stalled")], 504),
-    "busy": ([BotBusy("busy", 7)], 503),
-    "bug": ([ZeroDivisionError("a bug")], 500),
-    "no chunk": ([], 502),
-    "blank chunks": ([" ", "\n"], 502),
-}
-
-
-@pytest.mark.parametrize(("steps", "status"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("headers", [{}, STREAM], ids=["waiting", "stream"])
-def test_edit_whose_bot_fails_before_first_chunk_changes_nothing(
-    ada, bot, conversation_id, messages, headers, steps, status
-):
-    bot.scripts = {"Edited": steps}
     response = ada.edit_message(conversation_id, messages[2]["id"], "Edited", headers=headers)
-    assert (response.status_code, list(response.json)) == (status, ["error"])
-    assert ada.list_messages(conversation_id) == messages
-    assert ada.edit_message(conversation_id, messages[2]["id"], "Edited again").status_code == 200
-
-
-@pytest.mark.parametrize("headers", [{}, STREAM], ids=["waiting", "stream"])
-def test_edit_whose_bot_fails_after_first_chunk_stores_failed_reply(ada, bot, conversation_id, messages, headers):
-    bot.scripts = {"Edited": ["New ", BotError("cut")]}
-    response = ada.edit_message(conversation_id, messages[2]["id"], "Edited", headers=headers)
-    question, reply = ada.list_messages(conversation_id)[2:]
-    assert (question["text"], reply["text"], reply["status"]) == ("Edited", "New ", "failed")
+    assert response.status_code == (202 if headers == ASYNC else 200)
+    exchange = wait_for_end(ada, conversation_id)[2:]
+    assert get_texts(exchange) == ["Edited", "New reply"]
     if headers == STREAM:
-        assert read_events(response)[-1][:2] == ("error", {"error": "The bot failed to answer"})
+        (start, started, _), *_, (done, ended, _) = events = read_events(response)
+        assert (start, started[1]["text"], started[1]["status"]) == ("start", "", "in_progress")
+        assert (join_deltas(events), done, ended) == ("New reply", "done", exchange)
+    elif headers == ASYNC:
+        assert response.headers["Preference-Applied"] == "respond-async"
+        assert response.json == [exchange[0], {**exchange[1], "text": "", "status": "in_progress"}]
     else:
-        assert (response.status_code, response.json) == (200, [question, reply])
+        assert response.json == exchange
+
+
+@pytest.mark.parametrize("text", ["Edited", "Second"], ids=["other text", "same text"])
+@pytest.mark.parametrize(("steps", "reply_text"), [([BotError("down")], ""), (["New ", BotError("cut")], "New ")])
+@each_way
+def test_edit_whose_reply_fails_is_kept(ada, bot, conversation_id, messages, headers, steps, reply_text, text):
+    bot.steps = steps
+    response = ada.edit_message(conversation_id, messages[2]["id"], text, headers=headers)
+    assert response.status_code == (502 if headers != ASYNC and not reply_text else 202 if headers == ASYNC else 200)
+    *before, question, reply = wait_for_end(ada, conversation_id)
+    assert (before, question["text"], reply["text"]) == (messages[:2], text, reply_text)
+    assert (reply["status"], reply["error"]) == ("failed", "The bot failed to answer")
+    bot.steps = ["New reply"]
+    again = ada.edit_message(conversation_id, question["id"], text).json
+    assert again[0] == question
+    assert list_current(ada, conversation_id) == [*messages[:2], *again]
+    ids = get_ids(ada.list_versions(conversation_id, reply["id"]).json)
+    assert ids[-2:] == [reply["id"], again[1]["id"]]
 
 
 def test_edit_of_message_of_bot_returns_409(ada, bot, conversation_id, messages):
     version = ada.get("/api/conversations").headers["ETag"]
     response = ada.edit_message(conversation_id, messages[3]["id"], "Edited")
-    assert (response.status_code, response.json) == (
-        409,
-        {"error": "Only a message of the user can be edited: edit the one that this message replies to"},
-    )
+    sentence = "Only a message of the user can be edited: edit the one that this message replies to"
+    assert get_answer(response) == (409, {"error": sentence})
     assert ada.list_messages(conversation_id) == messages
     assert ada.get("/api/conversations").headers["ETag"] == version
     assert len(bot.histories) == 3
+
+
+def test_edit_in_an_archived_conversation_brings_it_back(ada, conversation_id, messages):
+    ada.patch(f"/api/conversations/{conversation_id}", json={"archived": True})
+    ada.edit_message(conversation_id, messages[0]["id"], "Edited")
+    assert ada.list_conversations(archived="false")[0]["id"] == conversation_id
+
+
+# Edits while a reply is in progress
 
 
 @pytest.fixture(params=[False, True], ids=["sent", "edited"])
@@ -166,209 +151,252 @@ def slow_exchange(request, ada, bot, gate, conversation_id, messages):
     """The messages of an exchange in progress, whose reply waits for the gate, sent or edited."""
     bot.scripts = {"Slow": ["Slow ", gate.wait, "reply"]}
     if request.param:
-        return start_edit(ada, conversation_id, messages[2]["id"], "Slow")
+        return ada.edit_message(conversation_id, messages[2]["id"], "Slow", headers=ASYNC).json
     return ada.send_message(conversation_id, "Slow", headers=ASYNC).json
 
 
-@pytest.fixture(params=["same process", "other process"])
-def joiner(request, ada, other_process):
-    """Another client with the session of ada."""
-    return create_other_client(ada) if request.param == "same process" else other_process
-
-
-def test_edit_with_same_text_returns_202_with_reply_in_progress(ada, bot, gate, conversation_id, slow_exchange, joiner):
-    question, reply = start_edit(joiner, conversation_id, slow_exchange[0]["id"], "Slow")
-    assert (question["id"], question["text"]) == (slow_exchange[0]["id"], "Slow")
-    assert (reply["id"], reply["status"]) == (slow_exchange[1]["id"], "in_progress")
-    gate.set()
-    wait_until(lambda: ada.list_messages(conversation_id)[-1].get("status") is None)
-    assert bot.texts.count("Slow") == 1
-
-
-def test_edit_with_same_text_joins_stream_of_reply_in_progress(ada, bot, gate, conversation_id, slow_exchange, joiner):
-    response = joiner.edit_message(
-        conversation_id, slow_exchange[0]["id"], "Slow", headers=STREAM, buffered=False
-    )  # the head comes with the first chunk
-    gate.set()
-    events = read_events(response)
-    assert join_deltas(events) == "Slow reply"
-    assert events[-1][:2] == ("done", ada.list_messages(conversation_id)[-2:])
-    assert events[-1][1][1]["id"] == slow_exchange[1]["id"]
+@each_way
+def test_edit_with_same_text_joins_the_reply_in_progress(
+    ada, bot, gate, conversation_id, slow_exchange, second_client, headers
+):
+    edit = [conversation_id, slow_exchange[0]["id"], "Slow"]
+    with run_in_background(lambda: second_client.edit_message(*edit, headers=headers)) as [joining]:
+        if headers == ASYNC:
+            assert get_ids(joining.result().json) == get_ids(slow_exchange)
+        time.sleep(0.3)  # it has joined
+        gate.set()
+    exchange = wait_for_end(ada, conversation_id)[-2:]
+    assert (get_texts(exchange), get_ids(exchange)) == (["Slow", "Slow reply"], get_ids(slow_exchange))
+    if headers == STREAM:
+        assert read_events(joining.result())[-1][:2] == ("done", exchange)
+        assert join_deltas(read_events(joining.result())) == "Slow reply"
+    elif headers == {}:
+        assert get_answer(joining.result()) == (200, exchange)
     assert bot.texts.count("Slow") == 1
 
 
 def test_edit_with_other_text_while_reply_is_in_progress_returns_409(
-    ada, bot, gate, conversation_id, slow_exchange, joiner
+    ada, bot, gate, conversation_id, slow_exchange, second_client
 ):
-    response = joiner.edit_message(conversation_id, slow_exchange[0]["id"], "Other")
-    assert (response.status_code, response.json) == (
-        409,
-        {"error": "The reply to this message is in progress: stop it first"},
-    )
+    response = second_client.edit_message(conversation_id, slow_exchange[0]["id"], "Other")
+    assert get_answer(response) == (409, {"error": IN_PROGRESS})
     gate.set()
-    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[-2:]) == ["Slow", "Slow reply"])
+    assert get_texts(wait_for_end(ada, conversation_id)[-2:]) == ["Slow", "Slow reply"]
 
 
-def test_edit_while_other_message_is_being_edited_returns_409(ada, bot, gate, conversation_id, messages):
-    bot.scripts = {"Edited": [gate.wait, "New reply"]}
-    start_edit(ada, conversation_id, messages[0]["id"], "Edited")
-    response = ada.edit_message(conversation_id, messages[2]["id"], "Other")
-    assert (response.status_code, list(response.json)) == (409, ["error"])
+def test_edit_of_an_earlier_message_lets_a_later_reply_go_on(ada, bot, gate, conversation_id, slow_exchange, messages):
+    edited = ada.edit_message(conversation_id, messages[0]["id"], "Edited").json
     gate.set()
-    wait_until(lambda: get_texts(ada.list_messages(conversation_id)) == ["Edited", "New reply"])
+    follow = ada.follow_reply(conversation_id, slow_exchange[1]["id"])
+    assert read_events(follow)[-1][0] == "done"
+    assert ada.get_message(conversation_id, slow_exchange[1]["id"]).json["text"] == "Slow reply"
+    assert list_current(ada, conversation_id) == edited
 
 
-def test_of_two_concurrent_edits_with_different_texts_one_returns_409(
-    ada, bot, other_bot, gate, conversation_id, messages, joiner
-):
-    bot.steps = other_bot.steps = [gate.wait, "New reply"]
-    responses = run_all(
-        lambda: ada.edit_message(conversation_id, messages[2]["id"], "One", headers=ASYNC),
-        lambda: joiner.edit_message(conversation_id, messages[2]["id"], "Two", headers=ASYNC),
-    )
-    gate.set()
-    assert sorted(response.status_code for response in responses) == [202, 409]
-    [accepted] = [response.json for response in responses if response.status_code == 202]
-    wait_until(lambda: len(ada.list_messages(conversation_id)) == 4)
-    assert ada.list_messages(conversation_id)[2] == accepted[0]
-
-
-def test_concurrent_edits_with_same_text_ask_bot_once(ada, bot, gate, conversation_id, messages):
-    bot.steps = [gate.wait, "New reply"]
-    clients = [create_other_client(ada) for _ in range(4)]
-    pairs = run_concurrently(
-        4, lambda number: start_edit(clients[number], conversation_id, messages[2]["id"], "Edited")
-    )
-    gate.set()
-    assert pairs == [pairs[0]] * 4
-    wait_until(lambda: get_texts(ada.list_messages(conversation_id)[2:]) == ["Edited", "New reply"])
-    assert bot.texts.count("Edited") == 1
-
-
-def test_edit_drops_later_exchange_in_progress(ada, bot, gate, conversation_id, messages):
-    bot.scripts = {"Slow": ["Slow ", *[lambda: gate.wait(0.05), ""] * 1200]}
-    sender = create_other_client(ada)
-    with run_in_background(lambda: sender.send_message(conversation_id, "Slow")) as [sending]:
-        wait_until(lambda: "Slow " in get_texts(ada.list_messages(conversation_id)))
-        assert ada.edit_message(conversation_id, messages[2]["id"], "Edited").status_code == 200
-    assert get_answer(sending.result()) == (404, {"error": "Message not found"})
-    wait_until(lambda: bot.closed)
-    assert get_texts(ada.list_messages(conversation_id)) == ["First", "Hello there.", "Edited", "Hello there."]
-
-
-def test_send_during_pending_edit_is_kept_after_new_reply(ada, bot, gate, conversation_id, messages):
-    bot.scripts = {"Edited": [gate.wait, "New reply"]}
-    start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    sent = ada.send_message(conversation_id, "Fourth").json
-    assert ("user", "Edited") not in bot.histories[-1]
-    gate.set()
-    exchanges = ["First", "Hello there.", "Edited", "New reply", "Fourth", "Hello there."]
-    wait_until(lambda: get_texts(ada.list_messages(conversation_id)) == exchanges)
-    assert ada.list_messages(conversation_id)[4:] == sent
-
-
-def test_stop_of_edit_before_first_chunk_stores_empty_reply(ada, bot, gate, conversation_id, messages, joiner):
-    bot.scripts = {"Edited": [gate.wait, "New reply"]}
-    question, reply = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    response = joiner.stop_reply(conversation_id, question["id"])
-    assert (response.status_code, response.json) == (200, {**reply, "status": "stopped"})
-    gate.set()
-    wait_until(lambda: bot.closed)
-    assert ada.list_messages(conversation_id) == [*messages[:2], question, response.json]
-
-
-def test_stop_of_edit_after_first_chunk_stores_text(ada, bot, gate, conversation_id, messages):
-    bot.scripts = {"Edited": ["New ", gate.wait, "reply"]}
-    question, reply = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"] == "New ")
-    stopped = ada.stop_reply(conversation_id, reply["id"]).json
-    assert stopped == {**reply, "text": "New ", "status": "stopped"}
-    assert ada.list_messages(conversation_id) == [*messages[:2], question, stopped]
-
-
-@pytest.mark.parametrize("delay", [0, 0.001, 0.003, 0.01, 0.03])
-def test_stop_at_first_chunk_of_edit_leaves_one_exchange(ada, bot, conversation_id, messages, delay):
-    first = Gate()
-    bot.scripts = {"Edited": [first.wait, *["word "] * 1000, lambda: first.wait() and None]}
-    question, _ = start_edit(ada, conversation_id, messages[2]["id"], "Edited")
-    release = threading.Timer(delay, first.set)
-    release.start()
-    stopped = ada.stop_reply(conversation_id, question["id"]).json
-    release.join()
-    assert ada.list_messages(conversation_id) == [*messages[:2], question, stopped]
-    assert stopped["text"] == "word " * (len(stopped["text"]) // 5)
-
-
-def test_regenerate_after_stop_and_failure_replaces_reply(ada, bot, gate, conversation_id):
-    bot.scripts = {"Hello": ["One ", BotError("cut")]}
-    question, failed = ada.send_message(conversation_id).json
-    assert failed["status"] == "failed"
-    bot.scripts = {}
-    pair = ada.edit_message(conversation_id, question["id"], "Hello").json
-    assert "status" not in pair[1]
-    assert ada.list_messages(conversation_id) == pair
-
-
-def test_edit_that_shutdown_interrupts_before_first_chunk_changes_nothing(
-    app, ada, bot, gate, conversation_id, messages
-):
-    bot.scripts = {"Edited": [gate.wait, "New reply"]}
-    editor = create_other_client(ada)
-    with run_in_background(lambda: editor.edit_message(conversation_id, messages[2]["id"], "Edited")) as [editing]:
-        wait_until(lambda: "Edited" in bot.texts)
-        app.extensions["replies"].shutdown(timeout=0)
-    assert editing.result().status_code == 503
-    assert ada.list_messages(conversation_id) == messages
-
-
-def test_edit_of_deleted_conversation_returns_404(ada, bot, gate, conversation_id, messages):
+def test_edit_of_a_conversation_that_is_deleted_meanwhile_returns_404(ada, bot, gate, conversation_id, messages):
     bot.scripts = {"Edited": [gate.wait, "New reply"]}
     editor = create_other_client(ada)
     with run_in_background(lambda: editor.edit_message(conversation_id, messages[2]["id"], "Edited")) as [editing]:
         wait_until(lambda: "Edited" in bot.texts)
         assert ada.delete(f"/api/conversations/{conversation_id}").status_code == 204
         gate.set()
-    assert editing.result().status_code == 404
+    assert get_answer(editing.result()) == (404, {"error": "Conversation not found"})
 
 
-@pytest.mark.parametrize("statement", ["DELETE FROM message", "UPDATE message SET text"])
-def test_edit_that_database_refuses_at_first_chunk_changes_nothing(app, ada, bot, conversation_id, messages, statement):
-    refusals = []
-
-    def refuse(connection, cursor, sql, parameters, context, executemany):
-        """Refuse the statement the first time that it is sent, as a database does that becomes unavailable."""
-        if sql.startswith(statement) and not refusals:
-            refusals.append(sql)
-            raise connection.dialect.loaded_dbapi.OperationalError("the connection is lost")
-
-    with app.app_context():
-        event.listen(db.engine, "before_cursor_execute", refuse)
-    response = ada.edit_message(conversation_id, messages[2]["id"], "Edited")
-    assert response.status_code == 503
-    assert refusals
-    assert ada.list_messages(conversation_id) == messages
-    assert ada.edit_message(conversation_id, messages[2]["id"], "Edited again").status_code == 200
-
-
-def test_edit_after_regenerations_keeps_ids_in_order(make_app, bot):
-    client = create_logged_in_client(make_app(bot), "ada")
-    conversation_id = client.create_conversation()
-    question, _ = client.send_message(conversation_id).json
-    for _ in range(3):
-        client.edit_message(conversation_id, question["id"], "Hello")
-    client.send_message(conversation_id, "Next")
-    ids = [message["id"] for message in client.list_messages(conversation_id)]
-    assert ids == sorted(ids)
-    assert get_texts(client.list_messages(conversation_id)) == ["Hello", "Hello there.", "Next", "Hello there."]
-
-
-def test_exchange_of_a_message_that_was_read_before_an_edit_has_the_new_text_and_reply(
-    app, ada, conversation_id, other_process
+def test_concurrent_edits_with_different_texts_are_versions(
+    ada, bot, other_bot, gate, conversation_id, messages, second_client
 ):
-    question, _ = ada.send_message(conversation_id).json
-    with app.app_context():
-        message = Message.get(conversation_id, question["id"])
-        db.session.commit()
-        edited = other_process.edit_message(conversation_id, question["id"], "Edited").json
-        exchange = Exchange.get(ada.user_id, message)
-    assert [exchange.question, exchange.reply] == edited
+    exchanges = run_all(
+        lambda: ada.edit_message(conversation_id, messages[2]["id"], "One").json,
+        lambda: second_client.edit_message(conversation_id, messages[2]["id"], "Two").json,
+    )
+    last = max(exchanges, key=lambda exchange: exchange[0]["id"])
+    assert list_current(ada, conversation_id) == [*messages[:2], *last]
+    questions = [messages[2], *sorted((exchange[0] for exchange in exchanges), key=lambda question: question["id"])]
+    assert ada.list_versions(conversation_id, messages[2]["id"]).json == questions
+
+
+def test_concurrent_regenerations_ask_bot_once(ada, bot, gate, conversation_id, messages, other_process):
+    bot.steps = [gate.wait, "New reply"]
+    ada.edit_message(conversation_id, messages[4]["id"], "Third", headers=ASYNC)
+    clients = [create_other_client(client) for client in (ada, other_process) for _ in range(3)]
+    exchanges = run_concurrently(
+        6, lambda number: clients[number].edit_message(conversation_id, messages[4]["id"], "Third", headers=ASYNC).json
+    )
+    gate.set()
+    assert [get_ids(exchange) for exchange in exchanges] == [get_ids(wait_for_end(ada, conversation_id)[4:])] * 6
+    assert bot.texts.count("Third") == 2
+
+
+# Versions
+
+
+@pytest.fixture
+def tree(ada, bot, conversation_id, messages):
+    """The messages of several branches by names: Q is a question, R a reply, and a number their version.
+
+    `Q1 R1 Q2 R2 Q3 R3`, an edit of the first question `Q1b R1b Q2b R2b`, and a regenerated first reply `R1c`.
+    """
+    tree = dict(zip(["Q1", "R1", "Q2", "R2", "Q3", "R3"], messages, strict=True))
+    tree["Q1b"], tree["R1b"] = ada.edit_message(conversation_id, messages[0]["id"], "Edited").json
+    tree["Q2b"], tree["R2b"] = ada.send_message(conversation_id, "After the edit").json
+    bot.steps = ["Regenerated"]
+    _, tree["R1c"] = ada.edit_message(conversation_id, messages[0]["id"], "First").json
+    assert ada.list_messages(conversation_id) == [tree["Q1"], tree["R1c"]]
+    return tree
+
+
+BRANCHES = {  # by the message that is to be shown
+    "Q1": "Q1 R1c",
+    "R1": "Q1 R1 Q2 R2 Q3 R3",
+    "Q2": "Q1 R1 Q2 R2 Q3 R3",
+    "R3": "Q1 R1 Q2 R2 Q3 R3",
+    "R1c": "Q1 R1c",
+    "Q1b": "Q1b R1b Q2b R2b",
+    "R1b": "Q1b R1b Q2b R2b",
+    "R2b": "Q1b R1b Q2b R2b",
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_current_shows_the_branch_of_a_message(ada, conversation_id, other_process, tree, name):
+    branch = [tree[each] for each in BRANCHES[name].split()]
+    for before in ("R1c", "R3", "R2b"):
+        ada.show_branch(conversation_id, tree[before]["id"])
+        response = other_process.show_branch(conversation_id, tree[name]["id"])
+        assert (response.status_code, response.json["messages"]) == (200, branch), before
+        assert ada.get(f"/api/conversations/{conversation_id}").json == response.json, before
+        assert list_current(ada, conversation_id) == branch, before
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"message_id": "1"}, {"message_id": True}, {"message_id": 0}, {"message_id": 2**63}]
+)
+def test_current_with_invalid_id_returns_400(ada, conversation_id, messages, body):
+    response = ada.put(f"/api/conversations/{conversation_id}/current", json=body)
+    assert get_answer(response) == (400, {"error": f"message_id must be an integer from 1 to {2**63 - 1}"})
+    assert ada.list_messages(conversation_id) == messages
+
+
+VERSIONS = {"Q1": "Q1 Q1b", "Q1b": "Q1 Q1b", "R1": "R1 R1c", "R1c": "R1 R1c", "Q2": "Q2", "R1b": "R1b", "R2b": "R2b"}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_versions_are_listed_oldest_first(ada, conversation_id, tree, name):
+    response = ada.list_versions(conversation_id, tree[name]["id"])
+    assert get_answer(response) == (200, [tree[each] for each in VERSIONS[name].split()])
+
+
+def test_messages_name_their_versions_if_asked(ada, conversation_id, tree):
+    questions, replies = ([tree[name]["id"] for name in names] for names in (("Q1", "Q1b"), ("R1", "R1c")))
+    shown = [{**tree["Q1"], "versions": questions}, {**tree["R1"], "versions": replies}]
+    ada.show_branch(conversation_id, tree["R3"]["id"])
+    assert list_current(ada, conversation_id, versions=1)[:2] == shown
+    assert list_current(ada, conversation_id, versions=1)[2:] == [tree[name] for name in ("Q2", "R2", "Q3", "R3")]
+    assert list_current(ada, conversation_id, versions=0)[:2] == [tree["Q1"], tree["R1"]]
+    path = f"/api/conversations/{conversation_id}/current?versions=1"
+    response = ada.put(path, json={"message_id": tree["Q1b"]["id"]})
+    assert response.json["messages"][0] == {**tree["Q1b"], "versions": questions}
+    assert ada.get(f"/api/conversations/{conversation_id}?versions=2").status_code == 400
+
+
+def test_edit_of_a_message_that_is_not_current_shows_its_branch(ada, conversation_id, tree):
+    edited = ada.edit_message(conversation_id, tree["Q2"]["id"], "Edited").json
+    assert list_current(ada, conversation_id) == [tree["Q1"], tree["R1"], *edited]
+    regenerated = ada.edit_message(conversation_id, tree["Q2b"]["id"], "After the edit").json
+    assert list_current(ada, conversation_id) == [tree["Q1b"], tree["R1b"], *regenerated]
+
+
+def test_current_prefers_a_reply_with_a_text_to_a_newer_one_without(ada, bot, conversation_id, messages):
+    bot.steps = [BotError("down")]
+    ada.edit_message(conversation_id, messages[4]["id"], "Third")
+    failed = ada.list_messages(conversation_id)[5]
+    assert ada.show_branch(conversation_id, messages[4]["id"]).json["messages"] == messages
+    assert ada.show_branch(conversation_id, failed["id"]).json["messages"] == [*messages[:5], failed]
+
+
+def test_reply_beside_the_branch_can_be_followed_and_stopped(ada, bot, gate, conversation_id, messages, second_client):
+    bot.steps = ["New ", gate.wait]
+    _, reply = ada.edit_message(conversation_id, messages[4]["id"], "Third", headers=ASYNC).json
+    wait_for_text(ada, conversation_id, reply["id"], "New ")
+    ada.show_branch(conversation_id, messages[5]["id"])
+    with run_in_background(lambda: create_other_client(second_client).follow_reply(conversation_id, reply["id"])) as [
+        following
+    ]:
+        stopped = second_client.stop_reply(conversation_id, reply["id"]).json
+    assert read_events(following.result())[-1][:2] == ("done", [messages[4], stopped])
+    assert list_current(ada, conversation_id) == messages
+
+
+# Trees of many messages
+
+
+def read_path(app, conversation_id):
+    """Return the current messages as rows of (id, parent's id, sender)."""
+    query = "SELECT id, parent_id, sender FROM message WHERE conversation_id = :id AND is_current ORDER BY id"
+    return execute(app, query, id=conversation_id)
+
+
+def is_path(rows):
+    """Return whether messages are one path from the first message on, ending in a reply."""
+    ids = [id for id, _, _ in rows]
+    parents, senders = [parent for _, parent, _ in rows], [sender for _, _, sender in rows]
+    return parents == [None, *ids[:-1]] and senders == ["user", "bot"] * (len(rows) // 2)
+
+
+def test_100_random_operations_in_two_processes_always_leave_one_path(app, ada, bot, conversation_id, other_process):
+    bot.scripts = {"fail": [BotError("down")], "cut": ["One ", BotError("cut")]}
+    ids = get_ids(ada.send_message(conversation_id, "First").json)
+    texts = ["Hello", "Tea", "fail", "cut"]
+
+    def operate(number):
+        """Make 50 random changes; note new messages and what the current ones are."""
+        client, choices, paths = create_other_client((ada, other_process)[number]), random.Random(number), []
+        for _ in range(50):
+            headers = choices.choice([{}, STREAM, ASYNC])
+            message_id, text = choices.choice(ids), choices.choice(texts)
+            operation = choices.choice(["send", "edit", "edit", "regenerate", "current", "current", "stop"])
+            if operation == "send":
+                response = client.send_message(conversation_id, text, headers=headers)
+            elif operation == "current":
+                response = client.show_branch(conversation_id, message_id)
+            elif operation == "stop":
+                response = client.stop_reply(conversation_id, message_id)
+            else:
+                stored = client.get_message(conversation_id, message_id).json["text"]
+                text = stored or text if operation == "regenerate" else text
+                response = client.edit_message(conversation_id, message_id, text, headers=headers)
+            assert response.status_code in (200, 201, 202, 409, 502), response.text
+            paths.append(read_path(app, conversation_id))
+            ids.extend({id for id, _, _ in paths[-1]} - set(ids))
+        return paths
+
+    paths = [path for paths in run_concurrently(2, operate) for path in paths]
+    assert len(paths) == 100
+    assert all(map(is_path, paths))
+    assert get_ids(wait_for_end(ada, conversation_id)) == [id for id, _, _ in read_path(app, conversation_id)]
+
+
+@pytest.fixture
+def long_conversation_id(app, ada):
+    """The id of a conversation of 1,500 messages, each of which has another version."""
+    [id] = add_conversations(app, ada, 1, messages=1500)
+    columns = "conversation_id, sender, text, created_at, parent_id"
+    execute(app, f"INSERT INTO message ({columns}, is_current) SELECT {columns}, false FROM message")
+    return id
+
+
+def test_current_shows_and_leaves_a_branch_of_1500_messages(app, ada, long_conversation_id):
+    messages = ada.list_messages(long_conversation_id)
+    edited = ada.edit_message(long_conversation_id, messages[0]["id"], "Edited").json
+    assert ada.list_messages(long_conversation_id) == edited
+    shown = ada.show_branch(long_conversation_id, messages[-1]["id"]).json["messages"]
+    assert shown == messages
+    assert is_path(read_path(app, long_conversation_id))
+
+
+@pytest.mark.parametrize("path", ["/api/conversations/{0}", "/api/account"])
+def test_deletion_of_1500_messages_with_versions_leaves_nothing(app, ada, long_conversation_id, path):
+    assert count_messages(app) == 3000
+    assert ada.delete(path.format(long_conversation_id), json={"password": PASSWORD}).status_code == 204
+    assert count_messages(app) == 0

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from tests.conftest import create_logged_in_client, echo
-from tests.helpers.bots import start_reply
+from app.bot import BotError
+from tests.conftest import SHARED_SESSIONS, create_logged_in_client, create_other_client
+from tests.helpers.bots import ASYNC, Gate, start_reply
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids
-from tests.helpers.server import wait_until
+from tests.helpers.server import TIMEOUT, wait_until
 
 ORIGIN = "http://localhost:3000"
 KEPT_HEADERS = ("ETag", "Cache-Control", "Vary", "Access-Control-Allow-Origin", "Access-Control-Expose-Headers")
@@ -17,6 +18,7 @@ CONVERSATION_PATHS = [
     "/api/conversations/1?messages=1",
     "/api/conversations/1/messages",
     "/api/conversations/1/messages?limit=1",
+    "/api/conversations/1/messages/1/versions",
     *MESSAGE_PATHS,
 ]
 LIST_PATHS = [
@@ -63,23 +65,12 @@ def test_unchanged_response_is_304_if_the_client_has_its_etag(app, ada):
             assert (again.status_code, again.data) == (200, first.data), (path, condition)
 
 
-@pytest.mark.parametrize("path", ["/api/conversations", "/api/conversations?limit=100", "/api/conversations/1"])
-def test_unchanged_list_is_304_without_reading_a_message(app, ada, path):
-    add_conversations(app, ada, 3, messages=2)
-    etag = ada.get(path).headers["ETag"]
-    execute(app, "ALTER TABLE message RENAME TO hidden_message")
-    try:
-        assert ada.get(path).status_code == 503
-        assert get_if_changed(ada, path, etag).status_code == 304
-    finally:
-        execute(app, "ALTER TABLE hidden_message RENAME TO message")
-
-
 CONVERSATION_CHANGES = {
     "rename": lambda client: client.put("/api/conversations/1", json={"name": "Renamed"}),
     "send": lambda client: client.send_message(1, "Tea"),
     "edit": lambda client: client.edit_message(1, 1, "Tea"),
     "regenerate": lambda client: client.edit_message(1, 1, "Text 0"),
+    "send whose reply fails": lambda client: client.send_message(1, "fail", headers=ASYNC),
 }
 LIST_CHANGES = {
     **CONVERSATION_CHANGES,
@@ -89,30 +80,65 @@ LIST_CHANGES = {
 }
 
 
+def check_changed(client, path, before):
+    """Check that a path has another ETag than an earlier response had, with which it is 304."""
+    after = get_if_changed(client, path, before.headers["ETag"])
+    assert after.status_code == 200, path
+    assert after.headers["ETag"] != before.headers["ETag"], path
+    assert after.data == client.get(path).data, path
+    assert get_if_changed(client, path, after.headers["ETag"]).status_code == 304, path
+
+
 @pytest.mark.parametrize("change", LIST_CHANGES)
-def test_change_makes_a_new_etag(make_app, change):
-    app = make_app(bot=echo)
+def test_change_makes_a_new_etag(make_app, bot, change):
+    app = make_app(bot)
     ada = create_logged_in_client(app, "ada")
+    bot.scripts = {"fail": [BotError("down")]}
     add_conversations(app, ada, 2, messages=2)
-    paths = [*LIST_PATHS, *(CONVERSATION_PATHS[:4] if change in CONVERSATION_CHANGES else ())]
-    etags = {path: ada.get(path).headers["ETag"] for path in paths}
+    paths = [*LIST_PATHS, *(CONVERSATION_PATHS if change in CONVERSATION_CHANGES else ())]
+    responses = {path: ada.get(path) for path in paths}
     assert LIST_CHANGES[change](ada).status_code < 300
-    for path, etag in etags.items():
-        after = get_if_changed(ada, path, etag)
-        assert after.status_code == 200, path
-        assert after.headers["ETag"] != etag
-        assert after.data == ada.get(path).data, path
-        assert get_if_changed(ada, path, after.headers["ETag"]).status_code == 304, path
+    app.extensions["replies"].shutdown(TIMEOUT)
+    for path, before in responses.items():
+        check_changed(ada, path, before)
 
 
-def test_edited_message_has_a_new_etag(make_app):
-    app = make_app(bot=echo)
+@pytest.mark.parametrize(
+    "path", ["/api/conversations/1", "/api/conversations?limit=5", "/api/conversations?archived=false"]
+)
+def test_archiving_and_bringing_back_makes_a_new_etag(app, ada, path):
+    add_conversations(app, ada, 2, messages=2)
+    first = ada.get(path)
+    ada.patch("/api/conversations/1", json={"archived": True})
+    archived = ada.get(path)
+    check_changed(ada, path, first)
+    ada.patch("/api/conversations/1", json={"archived": False})
+    check_changed(ada, path, archived)
+    assert ada.get(path).json == first.json
+
+
+def test_each_change_of_a_reply_makes_a_new_etag(make_app, bot):
+    app = make_app(bot, **SHARED_SESSIONS)
     ada = create_logged_in_client(app, "ada")
-    add_conversations(app, ada, 1, messages=2)
-    etag = ada.get_message(1, 1).headers["ETag"]
-    ada.edit_message(1, 1, "Tea")
-    after = get_if_changed(ada, MESSAGE_PATHS[0], etag)
-    assert (after.status_code, after.json["text"]) == (200, "Tea")
+    add_conversations(app, ada, 1)
+    gates = [Gate() for _ in range(3)]
+    bot.scripts = {"Hello": [gates[0].wait, "One ", gates[1].wait, "two ", gates[2].wait, BotError("cut")]}
+    question, reply = start_reply(ada, 1)
+    other = create_other_client(ada, make_app(bot, **SHARED_SESSIONS))
+    changes = {
+        "first chunk": gates[0].set,
+        "growth": gates[1].set,
+        "failure": gates[2].set,
+        "new version": lambda: ada.edit_message(1, question["id"], "Tea"),
+        "another branch": lambda: ada.show_branch(1, reply["id"]),
+    }
+    paths = ["/api/conversations", "/api/conversations?limit=5", *CONVERSATION_PATHS[:3]]
+    for change in changes.values():
+        responses = {path: other.get(path) for path in paths}
+        change()
+        for path, before in responses.items():
+            wait_until(lambda path=path, before=before: other.get(path).headers["ETag"] != before.headers["ETag"])
+            assert other.get(path).data != before.data, path
 
 
 @pytest.mark.parametrize(

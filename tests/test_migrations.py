@@ -30,6 +30,8 @@ SCHEMA = {
         "user_id": "BIGINT NOT NULL",
         "created_at": f"{TIMESTAMP} NOT NULL",
         "updated_at": f"{TIMESTAMP} NOT NULL",
+        "archived_at": TIMESTAMP,
+        "title_requested_at": TIMESTAMP,
     },
     "message": {
         "id": "BIGINT NOT NULL",
@@ -38,22 +40,22 @@ SCHEMA = {
         "conversation_id": "BIGINT NOT NULL",
         "created_at": f"{TIMESTAMP} NOT NULL",
         "status": "VARCHAR(11) NOT NULL",
+        "parent_id": "BIGINT",
+        "is_current": "BOOLEAN NOT NULL",
+        "error": "VARCHAR(255)",
         "heartbeat_at": TIMESTAMP,
-        "stop_requested": "BOOLEAN NOT NULL",
-        "attempt": "BIGINT NOT NULL",
         "idempotency_key": "VARCHAR(255)",
-        "sent_text_hash": "VARCHAR(64)",
-        "replaces_id": "BIGINT",
     },
 }
 INDEXES = {
     ("conversation", "ix_conversation_user_id_id", False, "user_id", "id"),
     ("conversation", "ix_conversation_user_id_updated_at_id", False, "user_id", "updated_at", "id"),
+    ("conversation", "ix_conversation_archived", False, "user_id", "updated_at", "id"),
+    ("conversation", "ix_conversation_unarchived", False, "user_id", "updated_at", "id"),
     ("message", "ix_message_conversation_id_id", False, "conversation_id", "id"),
     ("message", "ix_message_conversation_id_idempotency_key", True, "conversation_id", "idempotency_key"),
-    ("message", "ix_message_conversation_id_sender", True, "conversation_id", "sender"),
-    ("message", "ix_message_heartbeat_at", False, "heartbeat_at"),
-    ("message", "ix_message_replaces_id", False, "replaces_id"),
+    ("message", "ix_message_in_progress", False, "conversation_id"),
+    ("message", "ix_message_parent_id", False, "parent_id"),
 }
 ROWS = {
     "user": """INSERT INTO "user" (user_id, username, password_hash, is_logged_in, last_login, session_token)
@@ -163,7 +165,6 @@ def test_constraints_and_indexes_are_named_by_the_convention(app):
     [
         ("conversation", "user_id", "user"),
         ("message", "conversation_id", "conversation"),
-        ("message", "replaces_id", "message"),
     ],
 )
 def test_deletion_of_a_row_deletes_what_refers_to_it(app, table, column, parent):
@@ -172,9 +173,25 @@ def test_deletion_of_a_row_deletes_what_refers_to_it(app, table, column, parent)
     assert (key["referred_table"], key["referred_columns"]) == (parent, ["id"])
     assert (key["name"], key["options"]) == (f"fk_{table}_{column}_{parent}", {"ondelete": "CASCADE"})
     add_rows(app)
-    execute(app, ROWS["message"].replace("created_at", "created_at, replaces_id").replace("Z')", "Z', 1)"))
     execute(app, f'DELETE FROM "{parent}" WHERE id = 1')
     assert read_rows(app)[table] == []
+
+
+def test_deletion_of_a_conversation_deletes_a_long_chain_of_messages(app):
+    add_rows(app)
+    chain = "INSERT INTO message (id, sender, text, conversation_id, created_at, parent_id) VALUES "
+    for first in range(2, 3002, 500):
+        rows = (f"({id}, 'bot', '', 1, '2026-01-31T12:00:02.000000Z', {id - 1})" for id in range(first, first + 500))
+        execute(app, chain + ", ".join(rows))
+    execute(app, "DELETE FROM conversation")
+    assert read_rows(app)["message"] == []
+
+
+def test_database_refuses_to_delete_a_message_before_others(app):
+    add_rows(app)
+    execute(app, ROWS["message"].replace("created_at", "created_at, parent_id").replace("Z')", "Z', 1)"))
+    with pytest.raises(IntegrityError, match=r"fk_message_parent_id_message|FOREIGN KEY"):
+        execute(app, "DELETE FROM message WHERE id = 1")
 
 
 @on_sqlite

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 import yaml
 
-from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout
+from app.bot import BotBusy, BotError, BotMessageTooLong, BotRefused, BotTimeout
 from app.database import MAX_ID
 from app.replies import SILENCE_INTERVAL
 from tests.conftest import PASSWORD, SHARED_SESSIONS, Client, on_sqlite
@@ -21,7 +21,7 @@ from tests.helpers.server import ROOT, find_free_port, parse_events
 DOCUMENT = yaml.safe_load((ROOT / "app" / "openapi.yaml").read_text(encoding="utf-8"))
 COMPONENTS = DOCUMENT["components"]
 METHODS = ("get", "put", "patch", "post", "delete")
-MAX_BODY_SIZE = 2**20
+MAX_BODY_SIZE = 2**21
 EVENT_STREAM = "text/event-stream"
 DESCRIBED_HEADERS = {
     *("Allow", "ETag", "Idempotent-Replayed", "Link", "Location", "Preference-Applied", "Retry-After", "Set-Cookie"),
@@ -154,7 +154,10 @@ def get_example(operation):
 
 def open_operation(client, operation, **values):
     """Send a valid request for an operation."""
-    return client.open(operation.url(**values), method=operation.method, json=get_example(operation))
+    body = get_example(operation)
+    if body and "message_id" in body:
+        body = {"message_id": values.get("message_id", 1)}
+    return client.open(operation.url(**values), method=operation.method, json=body)
 
 
 @pytest.fixture
@@ -214,13 +217,19 @@ def exercise_success(client):
     """Call every operation successfully, except those that end the session, with and without If-None-Match."""
     first, second = client.create_conversation("First"), client.create_conversation("Second")
     client.put(f"/api/conversations/{second}", json={"name": "Renamed"})
-    client.patch(f"/api/conversations/{second}", json={"name": "Renamed again"})
+    client.patch(f"/api/conversations/{second}", json={"name": "Renamed again", "archived": True})
+    client.post(f"/api/conversations/{second}/title")
     for text in ("Hello", "Can machines think?"):
         client.send_message(first, text)
     for _ in range(2):
         client.send_message(first, "Once", headers={"Idempotency-Key": "once"})
     client.send_message(first, "Other", headers={"Idempotency-Key": "once"})
-    pages = ({}, {"limit": 1, "q": "hello"}, {"limit": 1, "before": MAX_ID, "after": 0, "messages": 1, "q": "machines"})
+    client.post(f"/api/conversations/{first}/title")
+    pages = (
+        {},
+        {"limit": 1, "q": "hello", "archived": "false"},
+        {"limit": 1, "before": MAX_ID, "after": 0, "messages": 1, "versions": 1, "q": "machines"},
+    )
     for operation in OPERATIONS:
         if operation.method == "GET":
             for values in pages:
@@ -244,16 +253,22 @@ def exercise_streams(client):
     events = client.get(f"{messages}/{reply['id']}/events")
     _, _, last_event_id = read_events(events)[-1]
     client.get(f"{messages}/{reply['id']}/events", headers={"Last-Event-ID": last_event_id})
+    client.get(f"/api/conversations/{conversation_id}")
 
 
 def exercise_edits(client):
-    """Edit messages and regenerate replies."""
+    """Edit messages, regenerate replies, and show versions."""
     conversation_id = client.create_conversation("Edits")
     messages = f"/api/conversations/{conversation_id}/messages"
     message, reply = client.send_message(conversation_id, "Hello").json
     client.put(f"{messages}/{reply['id']}", json={"text": "Hello"})
     for headers in ({}, STREAM, ASYNC):
         client.put(f"{messages}/{message['id']}", json={"text": f"Hello {headers}"}, headers=headers)
+    for _ in range(2):
+        client.put(f"{messages}/{message['id']}", json={"text": "Once"}, headers={"Idempotency-Key": "once"})
+    client.put(f"/api/conversations/{conversation_id}/current?versions=1", json={"message_id": message["id"]})
+    for path in (f"{messages}?versions=1", f"{messages}/{message['id']}/versions"):
+        assert len(client.get(path).json) > 1
     message, _ = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.put(f"{messages}/{message['id']}", json={"text": "Hello"})
     client.delete(f"/api/conversations/{conversation_id}")
@@ -264,6 +279,7 @@ BOT_ERRORS = {
     "busy": BotBusy("busy", retry_after=3),
     "long": BotMessageTooLong("too long"),
     "timeout": BotTimeout("silent"),
+    "refuse": BotRefused("refused"),
 }
 
 
@@ -283,6 +299,8 @@ def exercise_bot_errors(create_client):
     for text in BOT_ERRORS:
         client.send_message(conversation_id, text)
         client.put(f"/api/conversations/{conversation_id}/messages/{message['id']}", json={"text": text})
+    client.get(f"/api/conversations/{conversation_id}/messages?versions=1")
+    client.get("/api/messages?q=fail")
 
 
 def exercise_refusals(client, other_client, anonymous_client):
@@ -290,6 +308,9 @@ def exercise_refusals(client, other_client, anonymous_client):
     anonymous_client.signup("ada")
     anonymous_client.signup(" ada")
     anonymous_client.login("ada", "wrong")
+    anonymous_client.signup("disabled")
+    execute(client.application, """UPDATE "user" SET is_disabled = true WHERE username = 'disabled'""")
+    anonymous_client.login("disabled")
     client.post(f"/api/logout/{other_client.user_id}")
     client.put("/api/password", json={"current_password": "wrong", "new_password": PASSWORD})
     client.delete("/api/account", json={"password": "wrong"})
@@ -318,6 +339,8 @@ def exercise_invalid_requests(client, anonymous_client):
         url, method = operation.url(), operation.method
         client.open(url, method=method, data=b"x" * (MAX_BODY_SIZE + 1))
         client.open(url, method=method, headers={"Origin": "https://evil.example"})
+        if operation.body:
+            client.open(url, method=method, json={}, headers={"Content-Encoding": "gzip"})
         environ = {"CONTENT_LENGTH": "2", "wsgi.input_terminated": True}  # gunicorn's environment of an incomplete body
         client.open(url, method=method, data="{", content_type="application/json", environ_overrides=environ)
         if operation.body:
@@ -335,15 +358,14 @@ def exercise_limits(create_client):
         client.login("dave", "wrong")
     client.put("/api/password", json={"current_password": "wrong", "new_password": PASSWORD})
     client.delete("/api/account", json={"password": "wrong"})
+    create_client(SIGNUP="closed").signup("eve")
     client = create_client(username="erin", MAX_CONCURRENT_REPLIES=1)
     conversation_id = client.create_conversation("Limits")
     message, _ = client.send_message(conversation_id, "Hello").json
     _, reply = client.send_message(conversation_id, "/slow 30", headers=ASYNC).json
     client.send_message(conversation_id, "Hello")
     client.put(f"/api/conversations/{conversation_id}/messages/{message['id']}", json={"text": "Hello"})
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("app.replies.MAX_FOLLOWERS", 0)
-        client.get(f"/api/conversations/{conversation_id}/messages/{reply['id']}/events")
+    client.post(f"/api/conversations/{conversation_id}/title")
     client.post(f"/api/conversations/{conversation_id}/messages/{reply['id']}/stop")
 
 
@@ -363,13 +385,6 @@ def exercise_missing_database(create_client):
         open_operation(client, operation, q="Hello")
 
 
-def test_document_names_and_version():
-    assert DOCUMENT["openapi"].startswith("3.1.")
-    assert DOCUMENT["info"]["title"] == "AI Chatbot Backend"
-    assert len({operation.id for operation in OPERATIONS}) == len(OPERATIONS)
-    assert not {"Error", "Text", "Name", "Time"} & set(COMPONENTS["schemas"])
-
-
 def test_document_uses_every_component():
     used = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(DOCUMENT)))
     # A security scheme is named without $ref, and any path may give these two responses.
@@ -382,13 +397,6 @@ def test_document_is_valid_openapi():
     library.validate(DOCUMENT, cls=library.OpenAPIV31SpecValidator)
 
 
-def test_optional_parameters_have_no_examples():
-    for operation in OPERATIONS:
-        for parameter in operation.parameters:
-            assert not {"example", "examples"} & set(parameter), (operation, parameter["name"])
-            assert not {"example", "examples"} & set(parameter["schema"]), (operation, parameter["name"])
-
-
 def test_every_route_is_described_and_no_other(app):
     routes = set()
     for rule in app.url_map.iter_rules():
@@ -396,12 +404,6 @@ def test_every_route_is_described_and_no_other(app):
         if path.startswith("/api/") and not path.startswith("/api/docs"):
             routes |= {f"{method} {path}" for method in rule.methods - {"HEAD", "OPTIONS"}}
     assert routes == {operation.label for operation in OPERATIONS}
-
-
-@each_operation
-def test_path_parameters_are_described(operation):
-    names = [parameter["name"] for parameter in operation.parameters if parameter["in"] == "path"]
-    assert names == re.findall(r"\{(\w+)\}", operation.path)
 
 
 def test_get_openapi_json_returns_the_document(client):
@@ -525,13 +527,3 @@ def test_readme_lists_every_endpoint():
             labels |= {f"{method} {path}" for method in methods}
             methods = []
     assert labels == {operation.label for operation in OPERATIONS}
-
-
-@on_sqlite
-def test_get_with_if_match_returns_200(create_client):
-    client = create_client(username="ada")
-    client.send_message(client.create_conversation("Conversation"), "Hello")
-    for operation in OPERATIONS:
-        if 304 in operation.responses:
-            response = client.get(operation.url(q="Hello"), headers={"If-Match": '"other"'})
-            assert response.status_code == 200, operation

@@ -5,9 +5,7 @@ from base64 import urlsafe_b64encode
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from sqlalchemy import event
 
-from app import db
 from tests.conftest import create_logged_in_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_items, get_next_url, read_pages
 
@@ -68,6 +66,22 @@ def test_pages_neither_repeat_nor_miss_any_while_others_are_created_and_deleted(
 
     pages = read_pages(ada, "/api/conversations", change_list, limit=3)
     assert [get_ids(page) for page in pages] == [[12, 11, 10], [9, 7, 6], [5, 3, 2], [1]]
+
+
+@pytest.mark.parametrize("order", [{}, {"order": "recent"}])
+@pytest.mark.parametrize("q", [{}, {"q": "Text 1"}])
+def test_archived_filters_conversations_with_all_other_parameters(app, ada, order, q):
+    ids = add_conversations(app, ada, 9, messages=2)
+    for id in ids[::2]:
+        ada.patch(f"/api/conversations/{id}", json={"archived": True})
+    for archived, expected in (("true", ids[::2]), ("false", ids[1::2])):
+        parameters = {"archived": archived, "messages": 1, **order, **q}
+        conversations = ada.list_conversations(**parameters)
+        assert get_ids(conversations) == (expected[::-1] if order else expected)
+        assert {item["archived"] for item in conversations} == {archived == "true"}
+        pages = read_pages(ada, "/api/conversations", **parameters, limit=2)
+        assert get_ids(join(pages)) == expected[::-1]
+    assert get_ids(ada.list_conversations(archived="", **order, **q)) == (ids[::-1] if order else ids)
 
 
 def test_order_recent_lists_the_last_changed_conversation_first(ada):
@@ -203,6 +217,8 @@ INTEGERS = [
     ("/api/conversations", {"limit": 1}, "before", 1, MAX_ID),
     ("/api/conversations", {}, "messages", 0, 1000),
     ("/api/conversations/1", {}, "messages", 0, 1000),
+    ("/api/conversations/1", {}, "versions", 0, 1),
+    ("/api/conversations/1/messages", {}, "versions", 0, 1),
     ("/api/conversations/1/messages", {}, "limit", 1, 100),
     ("/api/conversations/1/messages", {}, "before", 1, MAX_ID),
     ("/api/messages", {"q": "a"}, "limit", 1, 100),
@@ -241,6 +257,8 @@ CONFLICTS = {
     "/api/conversations?before=5&q=a&messages=1": "before requires limit",
     "/api/conversations?before=5&limit=5&order=recent": "order=recent requires cursor instead of before",
     "/api/conversations?order=oldest": "order must be recent",
+    "/api/conversations?archived=1": "archived must be true or false",
+    "/api/conversations?archived=True&limit=5": "archived must be true or false",
     "/api/conversations?cursor={cursor}": "cursor requires limit and order=recent",
     "/api/conversations?cursor={cursor_of_id_0}": "cursor requires limit and order=recent",
     "/api/conversations?cursor={cursor}&limit=1": "cursor requires limit and order=recent",
@@ -274,99 +292,3 @@ def test_forged_cursor_returns_400_or_a_page(ada):
         assert response.status_code in (200, 400), cursor
         if response.status_code == 400:
             assert response.json == {"error": "cursor must come from a Link header"}, cursor
-
-
-# Large pages
-
-
-MIB = 2**20
-HALF_MIB_OF_JSON = "\1" * (MIB // 12 - 100)
-
-
-@pytest.fixture
-def long_messages(app, ada):
-    """The ids of 12 conversations of a user, of one message each that is half a MiB of JSON."""
-    ids = add_conversations(app, ada, 12, messages=1)
-    execute(app, "UPDATE message SET text = :text", text=HALF_MIB_OF_JSON)
-    return ids
-
-
-@pytest.mark.parametrize("parameters", [{}, {"order": "recent"}, {"messages": 1}])
-def test_page_of_conversations_ends_at_4_mib(ada, long_messages, parameters):
-    first = ada.get("/api/conversations", query_string={"limit": 100, **parameters})
-    assert 3.9 * MIB < len(first.data) <= 4 * MIB
-    pages = read_pages(ada, "/api/conversations", limit=100, **parameters)
-    assert [len(page) for page in pages] == [8, 4]
-    assert get_ids(join(pages)) == long_messages[::-1]
-
-
-def test_page_of_short_messages_has_at_most_4_mib(app, ada):
-    ids = add_conversations(app, ada, 60, messages=31)
-    columns = "conversation_id, sender, text, created_at, status, stop_requested"
-    copies = ", ".join(f"message.{column}" for column in columns.split(", "))
-    others = "message JOIN message AS other ON other.conversation_id = message.conversation_id"
-    execute(app, f"INSERT INTO message ({columns}) SELECT {copies} FROM {others}")  # 992 of each conversation
-    first = ada.get("/api/conversations?limit=100")
-    assert MIB < len(first.data) <= 4 * MIB
-    pages = read_pages(ada, "/api/conversations", limit=100)
-    assert get_ids(join(pages)) == ids[::-1]
-
-
-def test_unchanged_page_that_ends_at_4_mib_returns_304(ada, long_messages):
-    url = "/api/conversations?limit=100"
-    etag = ada.get(url).headers["ETag"]
-    assert ada.get(url, headers={"If-None-Match": etag}).status_code == 304
-
-
-def test_page_of_messages_ends_at_4_mib(app, ada):
-    [id] = add_conversations(app, ada, 1, messages=12)
-    execute(app, "UPDATE message SET text = :text", text=HALF_MIB_OF_JSON)
-    url = f"/api/conversations/{id}/messages"
-    assert 3.9 * MIB < len(ada.get(url).data) <= 4 * MIB
-    pages = read_pages(ada, url)
-    assert [len(page) for page in pages] == [8, 4]
-    assert get_ids(join(pages[::-1])) == get_ids(ada.list_messages(id))
-
-
-def test_messages_of_a_conversation_end_at_4_mib_where_they_are_limited(app, ada):
-    [id] = add_conversations(app, ada, 1, messages=12)
-    execute(app, "UPDATE message SET text = :text", text=HALF_MIB_OF_JSON)
-    messages = ada.list_messages(id)
-    for response in (ada.get(f"/api/conversations/{id}?messages=20"), ada.get("/api/conversations?messages=20")):
-        conversation = response.json[0] if isinstance(response.json, list) else response.json
-        assert conversation["messages"] == messages[4:]
-
-
-def test_page_has_the_newest_messages_of_a_conversation_that_exceeds_4_mib_alone(app, ada):
-    ids = add_conversations(app, ada, 2, messages=12)
-    execute(app, "UPDATE message SET text = :text", text=HALF_MIB_OF_JSON)
-    pages = read_pages(ada, "/api/conversations", limit=100)
-    assert get_ids(join(pages)) == ids[::-1]
-    for [conversation] in pages:
-        assert conversation["messages"] == ada.list_messages(conversation["id"])[4:]
-
-
-@pytest.mark.parametrize("path", ["/api/conversations?limit=100", "/api/conversations/{id}/messages?limit=100"])
-@on_sqlite
-def test_no_json_is_built_of_messages_beyond_the_page(app, ada, path):
-    add_conversations(app, ada, 20, messages=1)
-    [id] = add_conversations(app, ada, 1, messages=20)
-    execute(app, "UPDATE message SET text = :text", text=HALF_MIB_OF_JSON)
-    calls = []
-
-    def count_calls(connection, record, proxy):
-        connection.create_function("json_object", -1, lambda *args: calls.append(args) or "{}")
-
-    with app.app_context():
-        event.listen(db.engine, "checkout", count_calls)
-        try:
-            assert ada.get(path.format(id=id)).status_code == 200
-        finally:
-            event.remove(db.engine, "checkout", count_calls)
-    assert len(calls) == 8
-
-
-def test_message_of_many_bytes_ends_a_page_and_has_one_of_its_own(app, ada):
-    [id] = add_conversations(app, ada, 1, messages=3)
-    execute(app, "UPDATE message SET text = :text", text="😀" * MIB)
-    assert [len(page) for page in read_pages(ada, f"/api/conversations/{id}/messages")] == [1, 1, 1]

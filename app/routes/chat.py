@@ -10,10 +10,10 @@ from flask import Blueprint, abort, current_app, g, make_response, request, stre
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadGateway, HTTPException
 
 from app import db
-from app.database import MAX_ID, format_timestamp
+from app.database import MAX_ID, fold_case, format_timestamp
 from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
 from app.models.exchange import Exchange, touch
@@ -53,36 +53,36 @@ def fail_abandoned_replies():
 @login_required
 def list_conversations():
     """List the conversations of the current user with their messages."""
-    filters, messages = get_list_filters(), get_messages_arg()
+    filters = get_list_filters()
     limit = filters["limit"]
     if limit:
         filters["limit"] = limit + 1  # one more tells whether there is a next page
-        messages = MAX_MESSAGES_PER_CONVERSATION if messages is None else messages
-    rows, etag = read_conversations(Conversation.select_list(**filters), messages, is_search=filters["q"])
+        filters["messages"] = MAX_MESSAGES_PER_CONVERSATION if filters["messages"] is None else filters["messages"]
+    rows, etag = read_conversations(**filters)
     page = rows[:limit]
     next_page = get_next_page(page[-1], filters["order"]) if len(rows) > len(page) else None
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
     return conditional_response([conversation_to_dict(row, has_details) for row in page], etag, next_page)
 
 
-def read_conversations(query, messages, is_search=False):
-    """Return (rows of a query of conversations, ETag): without rows if the client has them.
+def read_conversations(**filters):
+    """Return (rows of conversations with messages, see Conversation.list_for_user(), ETag).
 
-    Each row has its newest messages, at most `messages` or all (None), as `messages_json`.
+    There are no rows if the client has them.
     """
-    is_long = is_search or messages != 0
+    with_messages = filters["messages"] != 0
     if request.if_none_match:  # else this would take a tenth of the time
-        etag = get_etag(read_rows(query, is_long=is_search))
+        etag = get_etag(read_rows(is_long=filters.get("folded"), **filters))
         if is_not_modified(etag):
             return [], etag
-    rows = read_rows(Conversation.add_messages(query, messages), is_long)
+    rows = read_rows(is_long=with_messages or filters.get("folded"), with_messages=with_messages, **filters)
     return rows, get_etag(rows)
 
 
-def read_rows(query, is_long):
-    """Return the rows of a query of the current user's conversations."""
-    execute = partial(db.session.execute, query, {"user_id": current_user.id})
-    return read_long(lambda: execute().all()) if is_long else execute().all()
+def read_rows(is_long=False, **filters):
+    """Return rows of the current user's conversations, see Conversation.list_for_user()."""
+    read = partial(Conversation.list_for_user, current_user.id, **filters)
+    return read_long(read) if is_long else read()
 
 
 def read_long(func):
@@ -99,8 +99,9 @@ def read_long(func):
 
 
 def get_list_filters():
-    """Return the arguments of Conversation.select_list() from the query string, or abort with 400."""
-    limit, before, cursor = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before"), get_cursor()
+    """Return the arguments of Conversation.list_for_user() from the query string, or abort with 400."""
+    limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
+    updated_at, last_id = get_cursor()
     order, q = get_str_arg("order", MAX_NAME_LENGTH), get_str_arg("q", MAX_NAME_LENGTH)
     archived = get_str_arg("archived", MAX_NAME_LENGTH)
     if order not in (None, "recent"):
@@ -111,10 +112,18 @@ def get_list_filters():
         abort(400, "before requires limit")
     if before and order:
         abort(400, "order=recent requires cursor instead of before")
-    if cursor and not (limit and order):
+    if updated_at and not (limit and order):
         abort(400, "cursor requires limit and order=recent")
-    archived = archived and archived == "true"
-    return {"q": q, "archived": archived, "before": before, "cursor": cursor, "order": order, "limit": limit}
+    return {
+        "folded": q and fold_case(q),
+        "archived": archived and archived == "true",
+        "before": before,
+        "updated_at": updated_at,
+        "last_id": last_id,
+        "order": order,
+        "limit": limit,
+        "messages": get_messages_arg(),
+    }
 
 
 def get_messages_arg():
@@ -123,10 +132,10 @@ def get_messages_arg():
 
 
 def get_cursor():
-    """Return (updated_at, id) of the query string's cursor, or None; abort with 400 if it is invalid."""
+    """Return (updated_at, id) of the query string's cursor, or (None, None); abort with 400 if it is invalid."""
     cursor = get_str_arg("cursor", MAX_NAME_LENGTH)
     if cursor is None:
-        return None
+        return None, None
     try:
         updated_at, id = urlsafe_b64decode(cursor).decode().split()
         return datetime.fromisoformat(updated_at).astimezone(UTC), min(abs(int(id)), MAX_ID)
@@ -143,8 +152,7 @@ def get_next_page(last, order):
 
 def get_etag(rows):
     """Return the ETag of conversations and their messages: a hash of all columns but `messages_json`."""
-    column_count = len(Conversation.select_for_user().selected_columns)
-    return hash_version([row[:column_count] for row in rows])
+    return hash_version([row[:-1] for row in rows])
 
 
 def conversation_to_dict(row, has_details=True):
@@ -156,7 +164,7 @@ def conversation_to_dict(row, has_details=True):
 def get_details(conversation):
     """Return what the API shows of a conversation where a client has asked for more than what is documented."""
     return {
-        "archived": conversation.archived_at is not None,
+        "archived": conversation.archived,
         "created_at": format_timestamp(conversation.created_at),
         "updated_at": format_timestamp(conversation.updated_at),
     }
@@ -179,25 +187,26 @@ def create_conversation():
 @login_required
 def get_conversation(conversation_id):
     """Return a conversation with its messages."""
-    rows, etag = read_conversations(select_conversation(conversation_id), get_messages_arg())
+    with_versions = get_versions_arg()
+    rows, etag = read_conversations(id=conversation_id, messages=get_messages_arg())
     if etag == get_etag([]):
         abort(404, "Conversation not found")
-    return conditional_response(rows and conversation_with_versions(rows[0]), etag)
+    return conditional_response(rows and conversation_with_versions(rows[0], with_versions), etag)
 
 
-def select_conversation(conversation_id):
-    """Select a conversation as Conversation.select_list() does."""
-    return Conversation.select_list().where(Conversation.id == conversation_id)
+def get_versions_arg():
+    """Return whether the versions of messages are asked for; abort with 400 if that is invalid."""
+    return get_int_arg("versions", minimum=0, maximum=1) == 1
 
 
-def conversation_with_versions(row):
-    """Return a row of read_conversations() as the API shows it, with versions of messages if these are asked for."""
-    return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id)}
+def conversation_with_versions(row, with_versions):
+    """Return a row of read_conversations() as the API shows it, see add_versions()."""
+    return {**conversation_to_dict(row), "messages": add_versions(row.messages_json, row.id, with_versions)}
 
 
-def add_versions(messages_json, conversation_id):
-    """Return the messages of a JSON array; with `versions=1`, those that have several versions with the ids of all."""
-    if not get_int_arg("versions", minimum=0, maximum=1):
+def add_versions(messages_json, conversation_id, with_versions):
+    """Return the messages of a JSON array; those that have several versions with the ids of all, if so asked."""
+    if not with_versions:
         return Fragment(messages_json)
     versions, messages = Message.map_versions(conversation_id), orjson.loads(messages_json)
     return [
@@ -249,13 +258,13 @@ def get_conversation_or_404(conversation_id):
 @login_required
 def show_branch(conversation_id):
     """Show the branch of a message: of several versions, this one and what followed it."""
-    message_id = get_int("message_id")
+    message_id, with_versions = get_int("message_id"), get_versions_arg()
     touch_conversation_or_404(conversation_id)
     message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
     Message.show_branch(conversation_id, message.id)
     db.session.commit()
-    rows = read_rows(Conversation.add_messages(select_conversation(conversation_id)), is_long=True)
-    return conversation_with_versions(rows[0]) if rows else abort(404, "Conversation not found")
+    rows = read_rows(is_long=True, with_messages=True, id=conversation_id)
+    return conversation_with_versions(rows[0], with_versions) if rows else abort(404, "Conversation not found")
 
 
 @bp.post("/api/conversations/<id:conversation_id>/title")
@@ -299,7 +308,7 @@ def search_result_to_dict(message, conversation_name, q):
 def list_messages(conversation_id):
     """List messages of a conversation, oldest first: the newest ones, or those before one."""
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
-    before = get_int_arg("before")
+    before, with_versions = get_int_arg("before"), get_versions_arg()
     etag = get_conversation_etag(conversation_id)
     if is_not_modified(etag):
         return conditional_response(None, etag)
@@ -307,12 +316,12 @@ def list_messages(conversation_id):
     page = rows[-limit:]
     next_page = {"before": page[0].id} if len(rows) > limit else None
     messages_json = f"[{','.join(row.json for row in page)}]"
-    return conditional_response(add_versions(messages_json, conversation_id), etag, next_page)
+    return conditional_response(add_versions(messages_json, conversation_id, with_versions), etag, next_page)
 
 
 def get_conversation_etag(conversation_id):
     """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
-    rows = read_rows(select_conversation(conversation_id), is_long=False)
+    rows = read_rows(id=conversation_id)
     return get_etag(rows) if rows else abort(404, "Conversation not found")
 
 
@@ -444,8 +453,7 @@ def respond_with_reply(exchange, status):
     if wants_stream():
         return stream_reply(reply, wait_for_first(reply))
     wait_for(reply)
-    reply.raise_error()
-    return reply.to_list(), status
+    return get_ended_exchange(reply), status
 
 
 def wait_for(reply):
@@ -462,8 +470,16 @@ def wait_for_first(reply):
     updates = reply.follow()
     first = list(islice(updates, 1))
     if not first:
-        reply.raise_error()
+        get_ended_exchange(reply)
     return chain(first, updates)
+
+
+def get_ended_exchange(reply):
+    """Return the exchange of a reply that is over; raise the error of one that failed without a text."""
+    question, message = reply.to_list()
+    if message.get("status") == "failed" and not message["text"]:
+        raise reply.error or BadGateway(message["error"])
+    return [question, message]
 
 
 def stream_reply(reply, updates, offset=None):

@@ -1,12 +1,18 @@
-"""Bots for tests, and what a stream tells of their replies."""
+"""Bots for tests, the ways to ask for their replies, and what a stream tells of these."""
 
 import threading
 
+import pytest
+
 from app.bot import BotError
-from tests.helpers.server import TIMEOUT, parse_events
+from tests.helpers.server import TIMEOUT, parse_events, wait_until
 
 STREAM = {"Accept": "text/event-stream"}
 ASYNC = {"Prefer": "respond-async"}
+KEY = {"Idempotency-Key": "key"}
+WAYS = {"waiting": {}, "stream": STREAM, "async": ASYNC}
+each_way = pytest.mark.parametrize("headers", WAYS.values(), ids=WAYS)
+waiting_or_streaming = pytest.mark.parametrize("headers", [{}, STREAM], ids=["waiting", "stream"])
 
 
 class Gate(threading.Event):
@@ -54,10 +60,25 @@ class ScriptedBot:
 
 
 def start_reply(client, conversation_id, text="Hello"):
-    """Send a message without waiting for the reply; return the pair."""
+    """Send a message without waiting for the reply; return the two messages."""
     response = client.send_message(conversation_id, text, headers=ASYNC)
     assert response.status_code == 202
     return response.json
+
+
+def wait_for_text(client, conversation_id, message_id, text):
+    """Wait until a message has a text."""
+    wait_until(lambda: client.get_message(conversation_id, message_id).json["text"] == text)
+
+
+def wait_for_end(client, conversation_id):
+    """Return the current messages of a conversation as soon as none is in progress."""
+
+    def find_messages():
+        messages = client.list_messages(conversation_id)
+        return messages if all(message.get("status") != "in_progress" for message in messages) else None
+
+    return wait_until(find_messages)
 
 
 def read_events(response):

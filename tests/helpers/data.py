@@ -9,9 +9,13 @@ from sqlalchemy import func, insert, select, update
 from app import db
 from app.models import Conversation, Message
 
+SET_PARENTS = """UPDATE message SET parent_id = (SELECT max(before.id) FROM message AS before
+                 WHERE before.conversation_id = message.conversation_id AND before.id < message.id)
+                 WHERE parent_id IS NULL"""
+
 
 def add_conversations(app, client, count, messages=0):
-    """Add conversations of the client's user, each with so many messages; return their ids, oldest first."""
+    """Add conversations of the client's user, each with so many messages on one branch; return their ids."""
     now = datetime.now(UTC)
     with app.app_context():
         statement = insert(Conversation).returning(Conversation.id, sort_by_parameter_order=True)
@@ -28,6 +32,7 @@ def add_conversations(app, client, count, messages=0):
             senders = ["bot" if n % 2 else "user" for n in range(messages)]
             texts = [{"sender": sender, "text": f"Text {n}", "created_at": now} for n, sender in enumerate(senders)]
             db.session.execute(insert(Message), [{**row, "conversation_id": id} for id in ids for row in texts])
+            db.session.execute(db.text(SET_PARENTS))
         db.session.commit()
     return ids
 
@@ -40,7 +45,7 @@ def execute(app, statement, **parameters):
 
 
 def count_messages(app):
-    """Return the number of messages of all users, pending edits included."""
+    """Return the number of messages of all users, in all versions."""
     with app.app_context():
         return db.session.scalar(select(func.count(Message.id)))
 
@@ -53,6 +58,18 @@ def age_heartbeats(app, seconds):
                 aged = heartbeat_at - timedelta(seconds=seconds)
                 db.session.execute(update(Message).where(Message.id == id).values(heartbeat_at=aged))
         db.session.commit()
+
+
+def add_abandoned_exchange(app, conversation_id, text="One ", seconds=31):
+    """Add a question and a reply in progress to an empty conversation, as a process leaves them that was killed."""
+    with app.app_context():
+        question = Message(conversation_id=conversation_id, sender="user", text="Killed")
+        heartbeat_at = datetime.now(UTC) - timedelta(seconds=seconds)
+        reply = Message(sender="bot", text=text, status="in_progress", heartbeat_at=heartbeat_at, parent=question)
+        reply.conversation_id = conversation_id
+        db.session.add_all([question, reply])
+        db.session.commit()
+        return question.id, reply.id
 
 
 def get_answer(response):

@@ -16,12 +16,20 @@ REQUESTS = {
     "page": ("GET", "/api/conversations?limit=20"),
     "later page": ("GET", "/api/conversations?limit=20&before={id}"),
     "recent order": ("GET", "/api/conversations?limit=20&order=recent"),
+    "search": ("GET", "/api/conversations?limit=20&messages=0&q=nowhere"),
+    "archived": ("GET", "/api/conversations?archived=true&order=recent&limit=20&messages=0"),
+    "not archived": ("GET", "/api/conversations?archived=false&order=recent&limit=20&messages=0"),
     "conversation": ("GET", "/api/conversations/{id}"),
     "messages": ("GET", "/api/conversations/{id}/messages"),
     "earlier messages": ("GET", "/api/conversations/{id}/messages?before={message_id}"),
+    "versions": ("GET", "/api/conversations/{id}?versions=1"),
+    "versions of a message": ("GET", "/api/conversations/{id}/messages/{message_id}/versions"),
     "message": ("GET", "/api/conversations/{id}/messages/{message_id}"),
     "events": ("GET", "/api/conversations/{id}/messages/{message_id}/events"),
     "rename": ("PUT", "/api/conversations/{id}"),
+    "archive": ("PATCH", "/api/conversations/{id}"),
+    "title": ("POST", "/api/conversations/{id}/title"),
+    "change of the branch": ("PUT", "/api/conversations/{id}/current"),
     "send, history and idempotency key": ("POST", "/api/conversations/{id}/messages"),
     "edit": ("PUT", "/api/conversations/{id}/messages/{message_id}"),
     "stop": ("POST", "/api/conversations/{id}/messages/{message_id}/stop"),
@@ -31,7 +39,7 @@ REQUESTS = {
     "delete": ("DELETE", "/api/conversations/{id}"),
     "users": ("GET", "/api/users/status?limit=20"),
 }
-BODY = {"name": "New", "text": "Hello", "username": "ada", "password": PASSWORD}
+BODY = {"name": "New", "archived": True, "text": "Hello", "message_id": 1, "username": "ada", "password": PASSWORD}
 
 
 @contextmanager
@@ -95,9 +103,9 @@ def explain_for_sqlite(connection, statement, parameters):
     driver_connection.set_progress_handler(None, 0)
     steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
     plan = "\n".join(step[-1] for step in steps)
-    scans = re.findall(r"SCAN (?!anon_|CONSTANT)\w+|(?<!SCAN anon_\d\n)USE TEMP B-TREE FOR ORDER BY", plan)
+    scans = re.findall(r"SCAN (?!anon_|above|below|CONSTANT)\w+|(?<!SCAN anon_\d\n)USE TEMP B-TREE FOR ORDER BY", plan)
     # A partial index has no rows but those of its condition.
-    scans = [scan for scan in scans if f"{scan} USING INDEX ix_message_heartbeat_at" not in plan]
+    scans = [scan for scan in scans if f"{scan} USING INDEX ix_message_in_progress" not in plan]
     connection.rollback()
     return set(re.findall(r"INDEX (\w+)", plan)), scans, len(instructions)
 

@@ -140,7 +140,7 @@ def test_page_reloaded_in_mid_answer_follows_it_to_the_end(chat):
     chat.follow(reply["id"])
     result = chat.wait_for_end()
     assert result["text"] == "1 2 3 4 5 6 "
-    assert [[message["id"] for message in pair] for pair in result["starts"]] == [[question["id"], reply["id"]]]
+    assert [[message["id"] for message in exchange] for exchange in result["starts"]] == [[question["id"], reply["id"]]]
     assert result["dones"] == [chat.list_messages()]
     assert "status" not in result["dones"][0][1]
     assert result["errors"] == []
@@ -161,36 +161,27 @@ def test_page_stops_reply_that_it_follows(chat):
     assert chat.list_messages()[1] == stopped["json"]
 
 
-def test_page_regenerates_reply(chat):
-    question, reply = chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["json"]
-    assert chat.call("POST", chat.path, {"text": "/slow 2"}, Idempotency_Key="key")["replayed"] == "true"
-    started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 2"}, Prefer="respond-async")
-    assert started["status"] == 202
-    assert started["json"][1]["id"] != reply["id"]
-    chat.follow(question["id"])
-    result = chat.wait_for_end()
-    assert result["text"] == "1 2 "
-    assert result["dones"] == [chat.list_messages()]
-    assert result["dones"][0][1]["id"] == started["json"][1]["id"]
-
-
 def test_page_edits_message(chat):
     question, reply = chat.call("POST", chat.path, {"text": "Hello"})["json"]
-    chat.call("POST", chat.path, {"text": "Later"})
     started = chat.call("PUT", f"{chat.path}/{question['id']}", {"text": "/slow 3"}, Prefer="respond-async")["json"]
-    assert chat.list_messages()[:2] == [question, reply]
+    assert chat.list_messages()[0] == started[0]
     chat.follow(started[1]["id"])
     result = chat.wait_for_end()
-    assert result["text"] == "1 2 3 "
-    assert result["dones"] == [chat.list_messages()]
-    assert [message["text"] for message in chat.list_messages()] == ["/slow 3", "1 2 3 "]
+    assert (result["text"], result["dones"]) == ("1 2 3 ", [chat.list_messages()])
+    versions = chat.call("GET", f"{chat.path}/{question['id']}/versions")["json"]
+    assert versions == [question, started[0]]
+    path = f"{chat.path.removesuffix('/messages')}/current"
+    assert chat.call("PUT", path, {"message_id": question["id"]})["json"]["messages"] == [question, reply]
+    assert chat.list_messages() == [question, reply]
 
 
-def test_page_reads_why_reply_failed(chat):
-    sent = chat.call("POST", chat.path, {"text": "/drop 3"})
-    assert (sent["status"], sent["json"][1]["status"]) == (201, "failed")
-    chat.follow(sent["json"][1]["id"])
+@pytest.mark.parametrize(("text", "status", "words"), [("/drop 3", 201, "1 2 3 "), ("/fail", 502, "")])
+def test_page_reads_why_reply_failed(chat, text, status, words):
+    sent = chat.call("POST", chat.path, {"text": text})
+    question, reply = chat.list_messages()
+    assert (sent["status"], question["text"]) == (status, text)
+    assert (reply["text"], reply["error"]) == (words, "The bot failed to answer")
+    chat.follow(reply["id"])
     result = chat.wait_for_end()
-    assert result["text"] == "1 2 3 "
+    assert (result["text"], result["dones"]) == (words, [])
     assert result["errors"] == [{"error": "The bot failed to answer"}]
-    assert result["dones"] == []
