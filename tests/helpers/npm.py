@@ -37,5 +37,5 @@ def install(source, folder):
     for path in (ROOT / "tests" / "typescript" / source).iterdir():
         if path.is_file():
             shutil.copy(path, folder)
-    run_npm(folder, "install", "--no-audit", "--no-fund")
+    run_npm(folder, "install", "--no-audit", "--no-fund", "--prefer-offline")
     return folder

@@ -156,27 +156,17 @@ def test_examples_compile(project):
     run_npm(project, "run", "--silent", "check")
 
 
-@pytest.mark.parametrize(("host", "change_origin"), [("localhost", False), ("127.0.0.1", True)])
-def test_page_behind_the_proxy_streams_a_reply(project, server, context, host, change_origin):
-    proxy = {"/api/": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": change_origin}}
-    with serve_pages(project, f"export default {{ server: {{ proxy: {json.dumps(proxy)} }} }};", host) as url:
+@on_sqlite
+def test_page_behind_another_proxy_streams_a_reply_though_its_origin_is_not_listed(project, serve, context):
+    server = serve(CORS_ORIGINS="https://chat.example.com")
+    proxy = {"/api/": {"target": f"http://127.0.0.1:{server.port}", "changeOrigin": True}}
+    with serve_pages(project, f"export default {{ server: {{ proxy: {json.dumps(proxy)} }} }};", "localhost") as url:
         chat = ChatPage(context, url)
         chat.send("/slow 4")
         chat.wait_for(".assistant", "1 2")
         assert "4" not in chat.texts()[1]
         chat.wait_for_texts("/slow 4", "1 2 3 4")
         chat.page.close()
-
-
-@on_sqlite
-def test_page_of_an_origin_that_is_not_listed_reads_which_setting_lists_it(project, serve, browser):
-    server = serve(CORS_ORIGINS="https://chat.example.com")
-    with serve_pages(project, configure_proxy(server)) as url:
-        page = browser.new_page()
-        with page.expect_event("pageerror") as error:
-            page.goto(url)
-        page.close()
-    assert error.value.message == f"Origin not allowed: add {url} to CORS_ORIGINS"
 
 
 def test_page_sends_messages(chat):
