@@ -26,6 +26,7 @@ except ConfigError as error:
 
 if __name__ == "__main__":
     if find_spec("gunicorn"):
+        os.environ["WEB_CONCURRENCY"] = str(app.config["WEB_CONCURRENCY"])  # gunicorn reads it when it is imported
         from app.server import Server
 
         Server(app).run()

@@ -81,6 +81,7 @@ def begin_request():
     if "request_id" not in g:
         g.started_at = time.perf_counter()
         request_id = request.headers.get("X-Request-ID", "")
+        g.log_fields = {}  # a stream may add to them
         g.request_id = request_id if re.fullmatch(r"[\w.-]{1,64}", request_id, re.ASCII) else secrets.token_hex(8)
 
 
@@ -116,7 +117,7 @@ def read_body():
     Aborts with 413 for a body beyond MAX_CONTENT_LENGTH, 415 for a compressed one, and 400 for an incomplete one.
     """
     if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-        abort(415, "The body must not have a Content-Encoding")
+        abort(415, "The body must not be compressed")
     try:
         size = len(request.get_data())
         # Werkzeug silently cuts a chunked body at the limit.
@@ -146,14 +147,14 @@ def after_request(response):
         headers["Strict-Transport-Security"] = f"max-age={HSTS_MAX_AGE}"
     if request.endpoint in UNLOGGED_ENDPOINTS:
         return response
-    g.log_fields = {
-        "method": request.method,
-        "path": quote(request.path),
-        "status": response.status_code,
-        "duration_ms": 0,
-        "user_id": g.get("user_id"),
-        "address": request.remote_addr,
-    }
+    g.log_fields.update(
+        method=request.method,
+        path=quote(request.path),
+        status=response.status_code,
+        duration_ms=0,
+        user_id=g.get("user_id"),
+        address=request.remote_addr,
+    )
     if response.is_streamed:
         response.call_on_close(partial(log_request, g.log_fields, g.started_at, g.request_id))
     else:
@@ -165,6 +166,6 @@ def log_request(fields, started_at, request_id):
     """Log a request: method, path, status, milliseconds, user's id, address; of a stream, the characters, too."""
     fields["duration_ms"] = round((time.perf_counter() - started_at) * 1000, 1)
     method, path, status, duration, user_id, address, *characters = fields.values()
-    text = f"{method} {path} {status} {duration:.1f} ms user={user_id or '-'} address={address}"
+    text = f"{method} {path} {status} {duration:.1f} ms user={user_id or '-'} from {address}"
     text += "".join(f" characters={count}" for count in characters)
     logger.info("%s", text, extra={"fields": fields, "request_id": request_id})

@@ -244,7 +244,9 @@ def test_unusual_texts_are_returned_unchanged(echo_ada):
     conversation = echo_ada.create_conversation()
     exchanges = [echo_ada.send_message(conversation, text).json for text in texts]
     assert [question["text"] for question, _ in exchanges] == texts
-    assert [reply["text"].lstrip() for _, reply in exchanges] == [text.lstrip() for text in texts]
+    assert [reply["text"].lstrip("\b\f\n\r\t\v ") for _, reply in exchanges] == [
+        text.lstrip("\b\f\n\r\t\v ") for text in texts
+    ]
     assert echo_ada.list_messages(conversation) == list(chain(*exchanges))
 
 

@@ -157,13 +157,13 @@ def test_json_in_any_spelling_is_accepted(ada, content_type, body):
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_body_above_1_mib_returns_413_and_one_of_1_mib_is_accepted(ada, endpoint):
+def test_body_above_2_mib_returns_413_and_one_of_2_mib_is_accepted(ada, endpoint):
     method, path, body = ENDPOINTS[endpoint]
     ada.send_message(ada.create_conversation())
     before = ada.observe()
-    data = json.dumps(body).ljust(2**20 + 1).encode()
+    data = json.dumps(body).ljust(2**21 + 1).encode()
     response = send_raw(ada, method, path, data)
-    assert (response.status_code, response.json) == (413, {"error": "The body must be at most 1 MiB"})
+    assert (response.status_code, response.json) == (413, {"error": "The body must be at most 2 MiB"})
     assert ada.observe() == before
     assert send_raw(ada, method, path, data[:-1]).status_code in (200, 201, 204)
 
@@ -176,14 +176,14 @@ class BodyStream(BytesIO):
         return super().read(size)
 
 
-def test_body_of_exactly_1_mib_is_not_read_beyond_its_end(ada):
-    stream = BodyStream(NEW.ljust(2**20).encode())
+def test_body_of_exactly_2_mib_is_not_read_beyond_its_end(ada):
+    stream = BodyStream(NEW.ljust(2**21).encode())
     response = ada.post("/api/conversations", input_stream=stream, content_type="application/json")
     assert response.status_code == 201
 
 
-@pytest.mark.parametrize(("size", "status"), [(2**20, 201), (2**20 + 1, 413)])
-def test_chunked_body_is_limited_to_1_mib(ada, size, status):
+@pytest.mark.parametrize(("size", "status"), [(2**21, 201), (2**21 + 1, 413)])
+def test_chunked_body_is_limited_to_2_mib(ada, size, status):
     environ = {
         "CONTENT_LENGTH": "",
         "CONTENT_TYPE": "application/json",

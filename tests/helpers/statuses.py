@@ -51,7 +51,7 @@ def request_every_status(app, **headers):
         client.delete("/api/conversations/99"),
         client.get("/unknown"),
         client.delete("/api/conversations"),
-        client.post("/api/login", data=b" " * (2**20 + 1), content_type="application/json"),
+        client.post("/api/login", data=b" " * (2**21 + 1), content_type="application/json"),
         client.post(f"{path}/messages", json={"text": "too long"}),
         client.post("/api/conversations"),
         client.login("ada", "wrong"),
