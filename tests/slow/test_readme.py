@@ -51,13 +51,3 @@ def test_example_of_a_bot_replies_and_is_found_by_the_command(tmp_path):
         "assert reply['text'] == 'You wrote: Hello there'\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, timeout=TIMEOUT, check=True)
-
-
-def test_example_of_a_conftest_gives_a_client(tmp_path):
-    (tmp_path / "conftest.py").write_text(get_block("python", "def client(tmp_path)"))
-    test = "def test_api(client):\n    assert client.get('/api/users/status').json == {'users': []}\n"
-    (tmp_path / "test_api.py").write_text(test)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path]
-    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
-    assert "1 passed" in result.stdout
