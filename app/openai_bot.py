@@ -6,6 +6,7 @@ be imported.
 
 import re
 import ssl
+import textwrap
 import time
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -60,11 +61,14 @@ class OpenAIBot:
         """Return a title of a conversation, one line of at most MAX_TITLE_CHARS. Raises BotError if there is none."""
         question = "\n\n".join(f"{ROLES[sender]}: {text}" for sender, text in history)[: self.max_chars]
         reply = ModelReply(self, [("user", f"{TITLE_PROMPT}\n\n{question}")], has_total_timeout=True)
-        lines = [re.sub(r"^[\s#>*_`\"'“”„«»-]+|[\s*_`\"'“”«».]+$", "", line) for line in "".join(reply).splitlines()]
+        text = re.sub(r"(?im)^[\W_]*title:", "", "".join(reply))
+        lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
+        lines = [re.sub(r"^[\s#>*_`\"'“”„«»-]+|[\s*_`\"'“”«».]+$", "", line) for line in lines]
         title = next(filter(None, lines), "")
         if not title:
             raise BotError("the model gave no title")
-        return title if len(title) <= MAX_TITLE_CHARS else f"{title[: MAX_TITLE_CHARS - 1]}…"
+        short = textwrap.shorten(title, MAX_TITLE_CHARS, placeholder="…")
+        return short if short != "…" else f"{title[: MAX_TITLE_CHARS - 1]}…"
 
     def encode_request(self, history):
         """Return the body of a request."""

@@ -19,9 +19,13 @@ CONTEXT_STATUSES = {200, 400, 422, 500}
 BUSY = re.compile(
     r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl|loading|at capacity|is busy", re.IGNORECASE
 )
-NO_QUOTA = re.compile(r"insufficient.?(quota|balance|credit|fund)|billing.?(hard|not)|credit balance|payment", re.I)
+NO_QUOTA = re.compile(
+    r"insufficient.?(quota|balance|credit|fund)|billing.?(hard|not|details)|credit balance|payment", re.I
+)
 REFUSED = re.compile(
-    r"content.?(filter|policy|management)|responsible.?ai|moderation|data.?inspection|prohibited|safety", re.I
+    r"content.?(filter|policy|management)|responsible.?ai|moderation|data.?inspection|prohibited|safety|flagged"
+    r"|content exists risk",
+    re.IGNORECASE,
 )
 CONTEXT_EXCEEDED = re.compile(
     r"context.?(length|size|window|limit)|context the overflows|n_keep|(prompt|input) is too long|too large for model"
@@ -34,11 +38,15 @@ CONTEXT_EXCEEDED = re.compile(
 OUTPUT_LIMIT = re.compile(
     r"max_?((completion|output)_?)?tokens['\"`]*( or '\w+'| value| parameter)*(:| is| are)? *"
     r"(\d+ *>|too (large|high|big)|must be (less|at most|between|smaller|<)|exceeds|out of)"
-    r"|(range of|invalid) ['\"`]?max_|(completion|output) tokens",
+    r"|(range of|invalid) ['\"`]?max_|(completion|output) tokens|(?<!\+ )(?<!\+ `)max_new_tokens['\"`]* must",
     re.IGNORECASE,
 )
+TOO_LONG_OUTPUT = re.compile(r"context length is (\d+) tokens.*?(\d+) in the completion", re.DOTALL)
 REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)  # for the limit of a minute: no retry succeeds
-RETRY_DELAY = re.compile(r"(?:try again|retry|retrying|retryDelay\W+)(?: in| after)? ?((?:[0-9.]+ ?[a-z]+ ?)+)", re.I)
+RETRY_DELAY = re.compile(
+    r"(?:try again|retry|retrying|retryDelay\W+|wait)(?: in| after)? ?((?:[0-9.]+ ?[a-z]+ ?)+)", re.I
+)
+RETRY_FIELD = re.compile(r'"retry_?after(_ms)?"\s*:\s*"?([0-9.]+)', re.IGNORECASE)
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(ms|milli|s|m|h|d)")
 SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
@@ -56,6 +64,10 @@ COMPLETE_REASONS = {
     "done",
 }
 ERROR_REASONS = {"error", "error_finish", "abort", "network_error"}
+CUT_REASON = re.compile("length|max|limit|filter|safety|time|cancel|incomplete|refus|malformed|truncat|recitation|spii")
+PINGS = ("ping", "heartbeat", "keepalive")
+ERROR_FIELDS = ("error", "errors", "error_code", "error_msg", "exception", "detail")
+OK_CODES = (None, "", 0, 200, "0", "200")
 HARMLESS_FIELDS = ("choices", "usage", "timings", "x_groq", "prompt_filter_results")  # of events without a choice
 THINK_TAGS = {f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "seed:think", "reasoning")}
 THINK_TAGS |= {"[THINK]": "[/THINK]"}
@@ -93,7 +105,7 @@ class EventParser:
         if self.is_json or (not self.data and line.lstrip().startswith((b"{", b"["))):
             self.is_json = True
             self.data.append(line)
-        elif field == b"error":  # llama.cpp's
+        elif field.lower() == b"error":  # llama.cpp's
             self.name = "error"
             self.data.append(value)
         elif field == b"event":
@@ -132,21 +144,24 @@ class Completion:
 
     def receive(self, name, data):
         """Take in an event. Raises BotError if it is neither a part of the reply, nor usage, nor a sign of life."""
-        if data == b"[DONE]":
+        if name in PINGS or data.decode(errors="replace") in PINGS:
+            return
+        if data == b"[DONE]" and not is_error(name, None):
             self.is_done = True
             return
         event = unwrap(parse_json(data or b"null"))
         if is_error(name, event):
             raise parse_error(200, data)
-        if name in ("ping", "heartbeat", "keepalive") or event is None:
+        if event is None:
             return
         choice = find_first_choice(event.get("choices"))
-        if choice.get("error"):
-            raise parse_error(200, orjson.dumps({"error": choice["error"]}))
+        delta = choice.get("delta")
+        if error := choice.get("error") or (isinstance(delta, dict) and delta.get("error")):
+            raise parse_error(200, json.dumps({"error": error}).encode())
         self.add_message(choice)
         reasons = [choice.get("finish_reason"), choice.get("native_finish_reason")]
         if (name == "whole" or event.get("object") == "chat.completion") and choice and not any(reasons):
-            reasons = ["stop"]
+            reasons = ["stop", None]
         self.add_finish_reasons(reasons)
 
     def add_message(self, choice):
@@ -165,9 +180,11 @@ class Completion:
 
     def add_finish_reasons(self, reasons):
         """Keep the finish reason of a choice, or that of the provider behind a gateway if it says something else."""
-        for reason in filter(None, map(parse_finish_reason, reasons)):
-            if self.finish_reason is None or self.finish_reason in COMPLETE_REASONS:
-                self.finish_reason = reason
+        reason, native = map(parse_finish_reason, reasons)
+        if native and (native in ERROR_REASONS or CUT_REASON.search(native)):
+            reason = native
+        if self.finish_reason is None or self.finish_reason in COMPLETE_REASONS:
+            self.finish_reason = reason or self.finish_reason
 
     def take_text(self):
         """Return the text since the last call, "" for a sign of life alone, or None if there was neither."""
@@ -187,11 +204,18 @@ class Completion:
 
 def is_error(name, event):
     """Return whether an event is neither a part of a reply nor one of those that may accompany it."""
-    if "error" in name or not isinstance(event, dict | None):
+    if re.search("error|fail|exception", name) or not isinstance(event, dict | None):
         return True
-    if not event or event.get("type") in ("ping", "heartbeat", "keepalive"):
+    if not event or event.get("type") in PINGS or event.get("event") in PINGS:
         return False
-    if event.get("error") or "error" in (event.get("object"), event.get("type")):
+    status = event["base_resp"].get("status_code") if isinstance(event.get("base_resp"), dict) else None  # MiniMax's
+    fields = ERROR_FIELDS if event.get("code") in OK_CODES else (*ERROR_FIELDS, "code")
+    if "code" not in event or fields is not ERROR_FIELDS:
+        fields = (*fields, "message")
+    if "error" in (event.get("object"), event.get("type")) or status or any(map(event.get, fields)):
+        return True
+    choices = event.get("choices")
+    if isinstance(choices, list) and not all(isinstance(choice, dict) for choice in choices):
         return True
     return not any(field in event for field in HARMLESS_FIELDS) and not str(event.get("object")).startswith("chat.")
 
@@ -236,7 +260,8 @@ def get_text(message):
 def parse_finish_reason(reason):
     """Return a finish reason in lower case and without details, or None while the reply is unfinished."""
     reason = reason.get("type") if isinstance(reason, dict) else reason
-    reason = str(reason or "").lower().partition(":")[0].strip().removeprefix("finish_reason_")
+    reason = str(reason or "").lower().partition(":")[0].strip()
+    reason = reason.removeprefix("finish_reason_").removeprefix("finishreason.")
     return None if reason in UNFINISHED_REASONS else reason
 
 
@@ -288,6 +313,8 @@ def parse_error(status, body, headers=()):
     delay = parse_retry_delay(dict(headers), body.decode("utf-8", "replace"))
     is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY.search(words))
     is_output = fields.get("param") in ("max_tokens", "max_completion_tokens") or OUTPUT_LIMIT.search(words)
+    if match := TOO_LONG_OUTPUT.search(words):
+        is_output = int(match[2]) >= int(match[1])
     is_exceeded = status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)
     if status == 413 or REQUEST_TOO_LARGE.search(words) or (is_exceeded and not is_output):
         return ContextExceeded(summary)
@@ -316,6 +343,7 @@ def parse_retry_delay(headers, words):
     for name, unit in (
         ("retry-after-ms", "ms"),
         ("x-retry-after-ms", "ms"),
+        ("x-ms-retry-after-ms", "ms"),
         ("retry-after", "s"),
         ("x-retry-after", "s"),
     ):
@@ -324,6 +352,8 @@ def parse_retry_delay(headers, words):
             return limit_delay(float(value) * SECONDS[unit])
         with suppress(TypeError, ValueError, OverflowError):
             return limit_delay(mktime_tz(parsedate_tz(value)) - time.time())
+    if match := RETRY_FIELD.search(words):
+        return limit_delay(float(match[2].strip(".") or 0) * SECONDS["ms" if match[1] else "s"])
     match = RETRY_DELAY.search(words)
     durations = DURATION.findall(match[1].lower()) if match else ()
     return limit_delay(sum(float(number) * SECONDS[unit] for number, unit in durations)) if durations else None
