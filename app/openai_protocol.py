@@ -215,7 +215,7 @@ def is_error(name, event):
     if "error" in (event.get("object"), event.get("type")) or status or any(map(event.get, fields)):
         return True
     choices = event.get("choices")
-    if isinstance(choices, list) and not all(isinstance(choice, dict) for choice in choices):
+    if isinstance(choices, list) and not all(isinstance(choice, dict | None) for choice in choices):
         return True
     return not any(field in event for field in HARMLESS_FIELDS) and not str(event.get("object")).startswith("chat.")
 

@@ -7,6 +7,8 @@ import orjson
 from flask import current_app, request
 from flask.json.provider import JSONProvider
 
+SLICE_BYTES = 65_536
+
 
 class OrjsonProvider(JSONProvider):
     """JSON exactly as RFC 8259 defines it: no NaN, no lone surrogates."""
@@ -20,7 +22,9 @@ class OrjsonProvider(JSONProvider):
     def response(self, *args, **kwargs):
         [obj] = args or [kwargs]
         body = orjson.dumps(obj)  # as bytes: a list may have 100 MB
-        return current_app.response_class(body, mimetype="application/json")
+        # In slices: a slow reader must take each of them within the server's time-out.
+        slices = [body[start : start + SLICE_BYTES] for start in range(0, len(body), SLICE_BYTES)]
+        return current_app.response_class(slices, mimetype="application/json")
 
 
 def hash_version(version):

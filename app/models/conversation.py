@@ -136,7 +136,7 @@ class Conversation(db.Model):
             page = Message.select_page(cls.id, limit).subquery()
             messages = select(json_array(page.c.json)).scalar_subquery()
         archived = cls.archived_at.is_not(None).label("archived")
-        columns = [cls.id, cls.name, cls.created_at, cls.updated_at, archived, progress.scalar_subquery()]
+        columns = [*cls.__table__.columns, archived, progress.scalar_subquery()]
         return select(*columns, messages.label("messages_json")).where(cls.user_id == bindparam("user_id"))
 
     @classmethod

@@ -170,7 +170,9 @@ def test_user_table_can_be_widened_and_lose_a_column(app, ada, rows, project):
         "username: Mapped[str] = mapped_column(String(200)",
     )
     project.replace("app/models/user.py", "    last_logout: Mapped[datetime | None]\n", "")
-    project.replace("app/models/user.py", "            last_logout=datetime.now(UTC),\n", "")
+    now = "        last_logout = datetime.now(UTC) if self.is_logged_in else self.last_logout\n"
+    project.replace("app/models/user.py", now, "")
+    project.replace("app/models/user.py", ", last_logout=last_logout", "")
     project.replace("app/models/user.py", "            last_logout=iso8601(cls.last_logout),\n", "")
     before = execute(app, 'SELECT user_id, username, password_hash, session_token FROM "user"')
     migration = project.migrate()
