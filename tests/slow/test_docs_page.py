@@ -60,55 +60,6 @@ def open_docs(browser):
     context.close()
 
 
-def test_docs_page_signs_up_and_chats_at_phone_width(server, open_docs):
-    docs = open_docs(f"http://127.0.0.1:{server.port}/")
-    assert docs.execute("auth", "signup")[0] == 201
-    assert docs.execute("auth", "login")[0] == 200
-    status, body = docs.execute("conversations", "createConversation")
-    assert status == 201
-    conversation_id = json.loads(body)["id"]
-    status, body = docs.execute("messages", "sendMessage", conversation_id=conversation_id)
-    assert status == 201
-    message, reply = json.loads(body)
-    assert message["text"] == "Hello"
-    path = {"conversation_id": conversation_id, "message_id": reply["id"]}
-    status, body = docs.execute("messages", "followReply", **path)
-    assert status == 200
-    assert "event: done" in body
-    status, body = docs.execute("conversations", "listConversations")
-    assert status == 200
-    assert json.loads(body)[0]["messages"] == [message, reply]
-    status, body = docs.execute("messages", "listMessages", conversation_id=conversation_id)
-    assert status == 200
-    assert json.loads(body) == [message, reply]
-    assert docs.width() == PHONE["width"]
-    assert docs.violations() == docs.errors == []
-
-
-def test_docs_page_sends_the_same_message_twice(server, open_docs):
-    with server.client() as client:
-        client.signup("bob", "battery staple")
-        client.login("bob", "battery staple")
-        conversation_id = client.create_conversation()
-        docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
-        name, value = client.cookie.split("=", 1)
-        docs.page.context.add_cookies([{"name": name, "value": value, "url": docs.page.url}])
-        assert docs.execute("messages", "sendMessage", conversation_id=conversation_id)[0] == 201
-        block = docs.page.locator("#operations-messages-sendMessage")
-        with docs.page.expect_response(lambda response: response.url.endswith("/messages")) as response:
-            block.get_by_role("button", name="Execute").click()
-        assert response.value.status == 201
-
-
-def test_docs_page_begins_with_the_required_parameters_at_phone_width(server, open_docs):
-    docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
-    block = docs.page.locator("#operations-messages-sendMessage")
-    block.locator(".opblock-summary-control").click()
-    block.locator(".parameter__name").first.wait_for()
-    names = sorted(block.locator(".parameter__name").all(), key=lambda name: name.bounding_box()["y"])
-    assert [name.inner_text().split()[0] for name in names][:3] == ["conversation_id", "Idempotency-Key", "Prefer"]
-
-
 def test_docs_page_describes_an_exchange_as_an_array_of_messages(server, open_docs):
     docs = open_docs(f"http://127.0.0.1:{server.port}/api/docs")
     block = docs.page.locator("#operations-messages-sendMessage")

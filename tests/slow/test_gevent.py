@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
-import pytest
 from sqlalchemy.engine import make_url
 
 from tests.conftest import CHEAP_HASH, on_sqlite
@@ -105,38 +104,6 @@ gevent.sleep(0.1)
 print(gevent.get_hub().threadpool.apply(str, ("found",)))
 lock.release()
 """) == ["found"]
-
-
-def test_run_in_threadpool_uses_one_thread_per_core_and_refuses_who_waits_too_long():
-    started, error, after = run_in_app("""
-threads.MAX_WAIT = 0.2
-calls = [gevent.spawn(run_in_threadpool, block) for _ in range(threads.THREADS)]
-while len(started) < threads.THREADS:
-    gevent.sleep(0.01)
-print(len(started))
-try:
-    run_in_threadpool(str)
-except ServiceUnavailable as error:
-    print(error.code, error.description, error.retry_after)
-lock.release()
-gevent.joinall(calls)
-print(run_in_threadpool(str, "finished"))
-""")
-    assert int(started) == os.cpu_count()
-    assert error == "503 The server is busy, try again later 5"
-    assert after == "finished"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own only on Linux")
-def test_run_in_threadpool_leaves_the_processor_to_the_event_loop():
-    before, in_thread, after = run_in_app("""
-def get_niceness():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-print(get_niceness(), run_in_threadpool(get_niceness), get_niceness(), sep="\\n")
-""")
-    assert int(in_thread) == min(int(before) + 10, 19)
-    assert after == before
 
 
 def test_run_in_threadpool_works_in_a_forked_process():

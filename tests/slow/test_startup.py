@@ -331,14 +331,6 @@ def test_flask_command_and_run_ignore_the_env_file_of_a_parent_folder(start, clo
     assert not (tmp_path / "parent.db").exists()
 
 
-def test_misspelled_name_in_env_file_is_logged_once_for_all_processes(start, clone):
-    (clone / ".env").write_text("BOT_MODLE=llama\n")
-    server = start(prefix=("env", "-C", clone), WEB_CONCURRENCY=2)
-    server.all_workers(2)
-    assert can_send_message(server)
-    assert server.output.count("did you mean BOT_MODEL?") == 1
-
-
 @pytest.mark.parametrize("command", ["-c 'import run'", "-m gunicorn --bind 127.0.0.1:0 run:app"])
 def test_other_server_without_what_its_processes_share_does_not_start(command):
     for settings, name in (({}, "SECRET_KEY"), ({"SECRET_KEY": SECRET_KEY}, "SESSIONS_VALID_FROM")):
