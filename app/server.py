@@ -120,6 +120,7 @@ class Server(Application):
             "worker_class": Worker,
             "logger_class": Logger,
             "preload_app": True,  # the workers share the application's memory, and start at once
+            "limit_request_fields": 64,
             "keepalive": 5,  # seconds for the head of the next request
             "graceful_timeout": 12,  # seconds from SIGTERM until the master kills its workers
             "control_socket_disable": True,  # nothing here uses it, and it would be one more way in
