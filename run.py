@@ -9,6 +9,8 @@ if __name__ == "__main__" and find_spec("gevent"):
 
     monkey.patch_all()  # before anything else is imported
 
+from click import get_current_context
+
 from app import create_app
 from app.schema import upgrade_schema
 from config import ConfigError, require_shared_settings
@@ -17,7 +19,7 @@ APP_LOAD_ERROR = 4  # an exit status at which gunicorn stops instead of starting
 
 os.umask(0o077)  # the database and its folder are for this user only
 try:
-    if __name__ != "__main__":
+    if __name__ != "__main__" and not get_current_context(silent=True):  # another server, not the flask command
         require_shared_settings()
     app = create_app()
 except ConfigError as error:

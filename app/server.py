@@ -1,16 +1,17 @@
 """The production server: gunicorn, as a custom application, with gevent workers."""
 
 import gc
+import json
 import ssl
 import sys
 from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 
 import gevent
-from flask.logging import default_handler
 from gunicorn import glogging
 from gunicorn.app.base import Application
-from gunicorn.http.errors import ParseException
+from gunicorn.http import errors
 from gunicorn.sock import ssl_context
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
@@ -23,12 +24,18 @@ CLIENT_TIMEOUT = 30  # seconds in which a client sends or takes something
 CONNECTION_MARGIN = 3  # seconds before the master kills a worker at which it closes the connections still open
 REPLY_TIMEOUT = 8  # seconds that replies in progress have after SIGTERM
 EVENT_LOOP_TURN = 1e-6  # seconds; without that pause, the mean latency of eight clients rises from 5 to 50 ms
-BAD_REQUEST = b"""HTTP/1.1 400 Bad Request\r
+REFUSALS = {
+    errors.LimitRequestLine: HTTPStatus.REQUEST_URI_TOO_LONG,
+    errors.LimitRequestHeaders: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
+    errors.UnsupportedTransferCoding: HTTPStatus.NOT_IMPLEMENTED,
+}
+REFUSAL = """HTTP/1.1 {0.value} {0.phrase}\r
 Connection: close\r
 Content-Type: application/json\r
-Content-Length: 34\r
+Content-Length: {1}\r
 \r
-{"error":"Malformed HTTP request"}"""
+{2}"""
 
 
 class Logger(glogging.Logger):
@@ -66,11 +73,13 @@ class Worker(GeventWorker):
 
     def handle_error(self, req, client, addr, exc):
         """Refuse a malformed request; the log quotes nothing of it, as it may hold a password."""
-        if not isinstance(exc, ParseException | ssl.SSLError):
+        if not isinstance(exc, errors.ParseException | ssl.SSLError):
             return super().handle_error(req, client, addr, exc)
         self.log.warning("Invalid request from %s: %s", addr[0] if addr else "-", type(exc).__name__)
+        status = REFUSALS.get(type(exc), HTTPStatus.BAD_REQUEST)
         with suppress(OSError):
-            client.sendall(BAD_REQUEST)
+            body = json.dumps({"error": status.phrase})
+            client.sendall(REFUSAL.format(status, len(body), body).encode())
 
     def handle_exit(self, sig, frame):
         """Handle SIGTERM: followers read how their replies ended before the connections are closed."""
@@ -92,6 +101,7 @@ class Worker(GeventWorker):
 
         SIGINT and SIGQUIT raise SystemExit here.
         """
+        gevent.get_hub().NOT_ERROR += (OSError,)  # a connection that ends before its handshake has no traceback
         self.cfg.set("graceful_timeout", max(0, self.cfg.graceful_timeout - CONNECTION_MARGIN))
         try:
             super().run()
@@ -110,7 +120,9 @@ class Server(Application):
             secure_cookies(app.config)
 
     def init(self, parser, opts, args):
-        """Return gunicorn's settings."""
+        """Return gunicorn's settings; the application is this one, so that the command line has options only."""
+        if args:
+            parser.error(f"unrecognized arguments: {' '.join(args)}")
         config = self.app.config
         host = f"[{config['HOST']}]" if ":" in config["HOST"] else config["HOST"]
         Logger.log_format = config["LOG_FORMAT"]
@@ -129,7 +141,6 @@ class Server(Application):
             "ssl_context": create_ssl_context,
             "on_starting": lambda arbiter: prepare(self.app, arbiter.cfg),
             "pre_fork": lambda arbiter, worker: gc.freeze(),  # collections would copy what the workers share
-            "post_worker_init": lambda worker: default_handler.setStream(sys.stderr),  # saves a look-up for each line
             "on_exit": lambda arbiter: close_database(self.app),
         }
 
