@@ -2,11 +2,9 @@
 
 import json
 import sqlite3
-import time
 import unicodedata
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
-from functools import partial
 from threading import Timer
 
 import psycopg
@@ -29,8 +27,7 @@ from app.database import (
     json_array,
     json_object,
 )
-from app.models import Conversation, Message
-from app.replies import ReplyManager
+from app.models import Message
 from tests.conftest import (
     PASSWORD,
     create_logged_in_client,
@@ -39,7 +36,7 @@ from tests.conftest import (
     on_postgresql,
     on_sqlite,
 )
-from tests.helpers.bots import ASYNC, Gate, start_reply
+from tests.helpers.bots import Gate, start_reply
 from tests.helpers.data import add_conversations, execute
 from tests.helpers.server import TIMEOUT, measure, run_concurrently, run_in_background, wait_until
 
@@ -223,7 +220,7 @@ def test_safe_request_reads_without_a_transaction(app, method, is_transaction):
 
 @on_postgresql
 def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connection_is_replaced(app, monkeypatch):
-    monkeypatch.setattr("app.database.ANSWER_TIMEOUT", SHORT_TIMEOUT)
+    monkeypatch.setattr("app.postgresql.Connection.timeout", SHORT_TIMEOUT)
     with app.app_context():
         with pytest.raises(OperationalError):
             db.session.execute(select(func.pg_sleep(TIMEOUT)))
@@ -235,15 +232,6 @@ def test_statement_that_the_server_does_not_answer_in_time_fails_and_its_connect
 # Locks
 
 RENAME = "UPDATE conversation SET name = 'Renamed' WHERE id = %s"
-
-
-def prune(app):
-    """Delete all conversations, and return their ids."""
-    before = datetime.now(UTC) + timedelta(days=1)
-    with app.app_context():
-        ids = Conversation.list_unchanged_ids(before, 0, 10)
-        Conversation.prune(ids, before)
-        return ids
 
 
 @contextmanager
@@ -304,18 +292,6 @@ def wait_until_blocked(connection):
 
 
 @on_postgresql
-def test_prune_locks_conversations_in_the_order_of_their_ids(app, ada, database):
-    first, second = ada.create_conversation(), ada.create_conversation()
-    execute(app, f"UPDATE conversation SET updated_at = updated_at WHERE id = {first}")  # the second is read first now
-    with lock_conversation(database, first) as connection, run_in_background(partial(prune, app)) as [pruning]:
-        wait_until_blocked(connection)
-        connection.execute(f"SET lock_timeout TO '{1000 * SHORT_TIMEOUT:.0f}ms'")
-        connection.execute(RENAME, [second])
-        connection.commit()
-    assert pruning.result() == [first, second]
-
-
-@on_postgresql
 def test_request_whose_transaction_is_ended_because_of_a_deadlock_returns_503(app, ada, database):
     id = ada.create_conversation()
     body = {"password": PASSWORD}
@@ -331,26 +307,10 @@ def test_request_whose_transaction_is_ended_because_of_a_deadlock_returns_503(ap
     assert (deletion.result().status_code == 204) is not ("Retry-After" in deletion.result().headers)
 
 
-@on_postgresql
-def test_end_of_abandoned_replies_does_not_wait_for_a_locked_conversation(app, ada, database):
-    ids = [ada.create_conversation() for _ in range(2)]
-    execute(
-        app,
-        "INSERT INTO message (conversation_id, sender, text, status, created_at, heartbeat_at)"
-        " SELECT id, 'bot', '', 'in_progress', '2026-01-01', '2026-01-01' FROM conversation",
-    )
-    query = "SELECT status FROM message ORDER BY conversation_id"
-    with lock_conversation(database, ids[1]):
-        end_abandoned(app, ReplyManager(app, echo))
-        assert execute(app, query) == [("failed",), ("in_progress",)]
-    end_abandoned(app, ReplyManager(app, echo))
-    assert execute(app, query) == [("failed",)] * 2
-
-
 ENDS = {  # how the bot goes on, and the texts and statuses of the messages then
     "complete": (["Hello"], [("Hi", None), ("Hello", None)]),
     "failed": (["Hello", BotError()], [("Hi", None), ("Hello", "failed")]),
-    "failed at once": ([BotError()], []),
+    "failed at once": ([BotError()], [("Hi", None), ("", "failed")]),
 }
 
 
@@ -360,111 +320,25 @@ def list_texts(client, id):
 
 @on_postgresql
 @pytest.mark.parametrize(("steps", "messages"), ENDS.values(), ids=ENDS)
-def test_reply_whose_conversation_is_locked_at_its_end_delays_no_other(make_app, bot, gate, database, steps, messages):
+def test_end_of_reply_is_stored_while_its_conversation_is_locked(make_app, bot, gate, database, steps, messages):
     app = make_app(bot=bot)
-    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    ada = create_logged_in_client(app, "ada")
     bot.scripts["Hi"] = [gate.wait, *steps]
     id = ada.create_conversation()
     start_reply(ada, id, "Hi")
     with lock_conversation(database, id):
         gate.set()
-        wait_until(lambda: app.extensions["replies"].ended)
-        assert bob.send_message(bob.create_conversation()).status_code == 201
-    wait_until(lambda: list_texts(ada, id) == messages)
+        wait_until(lambda: list_texts(ada, id) == messages)
 
 
 @on_postgresql
-def test_edit_whose_conversation_is_locked_as_it_is_stopped_delays_no_other(make_app, bot, gate, database):
+def test_growing_reply_is_stored_while_its_conversation_is_locked(make_app, bot, gate, database):
     app = make_app(bot=bot)
-    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
-    id = ada.create_conversation()
-    message_id = ada.send_message(id).json[0]["id"]
-    bot.scripts["Hi"] = [gate.wait]
-    reply_id = ada.edit_message(id, message_id, "Hi", headers=ASYNC).json[1]["id"]
-    with (
-        lock_conversation(database, id) as connection,
-        run_in_background(lambda: ada.stop_reply(id, reply_id)) as [stop],
-    ):
-        wait_until(lambda: app.extensions["replies"].ended)
-        assert bob.send_message(bob.create_conversation()).status_code == 201
-        connection.commit()
-    assert stop.result().status_code == 200
-    assert list_texts(ada, id) == [("Hi", None), ("", "stopped")]
-
-
-@on_postgresql
-def test_growing_reply_whose_conversation_is_locked_delays_no_other(make_app, bot, gate, database, monkeypatch):
-    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
-    app = make_app(bot=bot)
-    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
+    ada = create_logged_in_client(app, "ada")
     first_gate = Gate()
     bot.scripts["Hi"] = [first_gate.wait, "Hello ", gate.wait]
-    ids = [client.create_conversation() for client in (ada, bob)]
-    for client, id in zip((ada, bob), ids, strict=True):
-        start_reply(client, id, "Hi")
-    heartbeat = "SELECT heartbeat_at FROM message WHERE conversation_id = :id AND sender = 'bot'"
-    with lock_conversation(database, ids[0]):
-        first_gate.set()
-        wait_until(lambda: bob.list_messages(ids[1])[1]["text"] == "Hello ")
-        assert ada.list_messages(ids[0])[1]["text"] == ""
-        before = execute(app, heartbeat, id=ids[0])
-        wait_until(lambda: execute(app, heartbeat, id=ids[0]) != before)
-    wait_until(lambda: ada.list_messages(ids[0])[1]["text"] == "Hello ")
-
-
-@on_postgresql
-def test_heartbeat_of_a_reply_that_is_being_deleted_delays_no_other(make_app, bot, gate, database, monkeypatch):
-    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0)
-    monkeypatch.setattr("app.replies.STORE_TIMEOUT", 6)  # less than a statement waits for a lock
-    app = make_app(bot=bot)
-    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
-    bot.scripts["Hi"] = [gate.wait]
-    id, other_id = ada.create_conversation(), bob.create_conversation()
+    id = ada.create_conversation()
     start_reply(ada, id, "Hi")
-    with lock_conversation(database, id) as connection:
-        connection.execute("DELETE FROM conversation WHERE id = %s", [id])
-        for _ in range(5):  # meanwhile, a heartbeat is due
-            assert bob.send_message(other_id).status_code == 201
-            time.sleep(SHORT_TIMEOUT)
-        connection.rollback()
-
-
-def cancel_blocked(connection):
-    """Cancel the statement of another transaction that waits for a lock of this connection's."""
-    wait_until_blocked(connection)
-    query = "SELECT pg_cancel_backend(pid) FROM pg_locks WHERE pg_backend_pid() = ANY(pg_blocking_pids(pid))"
-    connection.execute(query)
-
-
-@on_postgresql
-def test_edit_that_failed_is_undone_once_if_another_reply_cannot_be_stored(make_app, bot, gate, database):
-    app = make_app(bot=bot)
-    ada, bob = (create_logged_in_client(app, name) for name in ("ada", "bob"))
-    gates = [Gate() for _ in range(2)]
-    bot.scripts.update(
-        {"First": [gates[0].wait, BotError()], "Second": [gate.wait, "Hello"], "Hi": [gates[1].wait, "Hello"]}
-    )
-    id, other_id = ada.create_conversation(), bob.create_conversation()
-    message_id = ada.send_message(id).json[0]["id"]
-    ada.edit_message(id, message_id, "First", headers=ASYNC)
-    other_reply = start_reply(bob, other_id, "Hi")[1]
-    with lock_conversation(database, other_id) as connection:
-        connection.commit()
-        connection.execute("SELECT FROM message WHERE id = %s FOR UPDATE", [other_reply["id"]])
-        gates[1].set()
-        wait_until_blocked(connection)
-        gates[0].set()
-        wait_until(lambda: len(app.extensions["replies"].ended) == 2)
-        cancel_blocked(connection)
-        edit = partial(ada.edit_message, id, message_id, "Second", headers=ASYNC)
-        wait_until(lambda: edit().status_code == 202)  # the first one is undone
-        cancel_blocked(connection)
-        connection.commit()
-    wait_until(lambda: list_texts(bob, other_id) == [("Hi", None), ("Hello", None)])
-    gate.set()
-    wait_until(lambda: list_texts(ada, id) == [("Second", None), ("Hello", None)])
-
-
-def end_abandoned(app, replies):
-    with app.app_context():
-        replies.fail_abandoned()
+    with lock_conversation(database, id):
+        first_gate.set()
+        wait_until(lambda: ada.list_messages(id)[1]["text"] == "Hello ")

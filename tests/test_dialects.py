@@ -170,7 +170,7 @@ CONTEXT_OF_9 = "This model's maximum context length is 9 tokens."
         (400, f"{CONTEXT_OF_9} However, you requested 59 tokens (9 in the messages, 50 in the completion)", BotError),
         (
             400,
-            f"{CONTEXT_OF_9} However, you requested 59 tokens (50 in the messages, 9 in the completion)",
+            f"{CONTEXT_OF_9} However, you requested 59 tokens (51 in the messages, 8 in the completion)",
             BotMessageTooLong,
         ),
         (422, "`max_new_tokens` must be <= 1024", BotError),

@@ -325,7 +325,7 @@ def test_failing_migration_logs_what_failed_and_changes_nothing(empty_app, add_m
 def test_migration_may_take_longer_than_a_request(empty_app, add_migration, monkeypatch):
     assert run_flask_db(empty_app, "upgrade") == 0
     folder = add_migration("conversation", 'op.execute("SELECT pg_sleep(1)")')
-    monkeypatch.setattr("app.database.ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr("app.postgresql.Connection.timeout", 0.5)
     assert run_flask_db(empty_app, "upgrade", "--directory", folder) == 0
 
 

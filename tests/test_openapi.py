@@ -513,17 +513,3 @@ def test_strings_are_limited_as_described(create_client):
                 assert get_status(operation, name, "x" * (schema["maxLength"] + 1)) == 400, (operation, name)
                 if "minLength" in schema:
                     assert get_status(operation, name, "") == 400, (operation, name)
-
-
-def test_readme_lists_every_endpoint():
-    """Methods before a path all belong to it; "..." stands for the path of a conversation."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Endpoints\n\n")[1].split("\n\n")[0]
-    labels, methods = set(), []
-    for method, path in re.findall(r"`([A-Z]+)(?: (\S+))?`", section):
-        methods.append(method)
-        if path:
-            path = path.replace("...", "/api/conversations/{conversation_id}")
-            labels |= {f"{method} {path}" for method in methods}
-            methods = []
-    assert labels == {operation.label for operation in OPERATIONS}

@@ -50,16 +50,16 @@ def start(folder, port):
 
 
 def chat(port, page_port):
-    """Run the README's example in a page until the answer is stored; return the answer's text."""
+    """Run the README's example in a page until the reply has ended; return what the page shows."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
         page.set_default_timeout(TIMEOUT * 1000)
         page.goto(f"http://localhost:{page_port}/")
-        script = get_block("js", "fetch(").replace(":5000", f":{port}")
-        with page.expect_console_message(lambda message: message.text.startswith("stored")) as stored:
-            page.evaluate(f"async () => {{ {script} }}")
-        answer = stored.value.args[1].json_value()[1]["text"]
+        script = get_block("js", "EventSource(").replace(":5000", f":{port}")
+        page.evaluate(f"async () => {{ {script} }}")
+        page.locator("br").wait_for(state="attached")
+        answer = page.locator("body").inner_text().strip()
         browser.close()
         return answer
 
