@@ -44,7 +44,7 @@ def run_in_turn(locks, in_thread, func, *args):
     with ExitStack() as stack:
         for lock in locks:
             if not lock.acquire(timeout=MAX_WAIT):
-                raise ServiceUnavailable("The server is busy, try again later", retry_after=RETRY_AFTER)
+                raise busy()
             stack.callback(lock.release)
         if not in_thread:
             return func(*args)
@@ -52,6 +52,11 @@ def run_in_turn(locks, in_thread, func, *args):
     if error:
         raise error
     return result
+
+
+def busy():
+    """Return the error of a request that others have kept waiting too long."""
+    return ServiceUnavailable("The server is busy, try again later", retry_after=RETRY_AFTER)
 
 
 def catch_error(context, func, *args):

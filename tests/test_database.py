@@ -2,9 +2,11 @@
 
 import json
 import sqlite3
+import time
 import unicodedata
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from threading import Timer
 
 import psycopg
@@ -342,3 +344,16 @@ def test_growing_reply_is_stored_while_its_conversation_is_locked(make_app, bot,
     with lock_conversation(database, id):
         first_gate.set()
         wait_until(lambda: ada.list_messages(id)[1]["text"] == "Hello ")
+
+
+@on_postgresql
+def test_many_sends_that_wait_for_a_locked_conversation_delay_no_other_user(ada, bob, database):
+    id, other_id = ada.create_conversation(), bob.create_conversation()
+    clients = [create_other_client(ada) for _ in range(16)]  # more than there are connections
+    with lock_conversation(database, id) as connection:
+        with run_in_background(*[partial(client.send_message, id) for client in clients]) as sends:
+            wait_until_blocked(connection)
+            time.sleep(SHORT_TIMEOUT)  # until all wait
+            assert bob.send_message(other_id).status_code == 201
+            connection.commit()
+        assert {send.result().status_code for send in sends} == {201}

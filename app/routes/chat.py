@@ -1,9 +1,12 @@
 """Conversations, messages and replies."""
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, islice
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import orjson
 from flask import Blueprint, abort, current_app, g, make_response, request, stream_with_context
@@ -19,7 +22,7 @@ from app.models import Conversation, Message
 from app.models.exchange import Exchange, touch
 from app.replies import exchange_to_list
 from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
-from app.threads import run_long_query
+from app.threads import MAX_WAIT, busy, run_long_query
 from app.validation import (
     get_bool,
     get_idempotency_key,
@@ -41,6 +44,7 @@ LIST_PARAMETERS = ("limit", "before", "messages", "q", "order", "cursor", "archi
 MAX_MESSAGES_PER_CONVERSATION = 1000  # in a list of conversations that says how many
 
 bp = Blueprint("chat", __name__)
+send_locks = WeakValueDictionary()  # by user and conversation
 
 
 @bp.before_request
@@ -348,9 +352,11 @@ def list_versions(conversation_id, message_id):
 def send_message(conversation_id):
     """Send a message and return it with the bot's reply."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    touch_conversation_or_404(conversation_id)
-    exchange = get_repeated_exchange(conversation_id, text, key)
-    return respond_with_reply(exchange or Exchange.add(conversation_id, current_user.id, text, key), 201)
+    with sending(conversation_id):
+        exchange = get_repeated_exchange(conversation_id, text, key)
+        exchange = exchange or Exchange.add(conversation_id, current_user.id, text, key)
+        reply = get_reply(exchange)
+    return respond_with_reply(exchange, reply, 201)
 
 
 @bp.put("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
@@ -358,12 +364,32 @@ def send_message(conversation_id):
 def edit_message(conversation_id, message_id):
     """Add another version of a message of the user, or of its reply, and return both."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    touch_conversation_or_404(conversation_id)
-    message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
-    if message.sender == "bot":
-        abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
-    exchange = get_repeated_exchange(conversation_id, text, key) or get_exchange_in_progress(message, text)
-    return respond_with_reply(exchange or Exchange.edit(message, current_user.id, text, key), 200)
+    with sending(conversation_id):
+        message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
+        if message.sender == "bot":
+            abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
+        exchange = get_repeated_exchange(conversation_id, text, key) or get_exchange_in_progress(message, text)
+        exchange = exchange or Exchange.edit(message, current_user.id, text, key)
+        reply = get_reply(exchange)
+    return respond_with_reply(exchange, reply, 200)
+
+
+@contextmanager
+def sending(conversation_id):
+    """Lock the current user's conversation until the block has committed. Abort with 404 if there is none.
+
+    Sends of this process take turns before they do in the database, where each that waits would hold a connection.
+    """
+    lock = send_locks.setdefault((current_user.id, conversation_id), Lock())
+    if not lock.acquire(blocking=False):
+        db.session.close()
+        if not lock.acquire(timeout=MAX_WAIT):
+            raise busy()
+    try:
+        touch_conversation_or_404(conversation_id)
+        yield
+    finally:
+        lock.release()
 
 
 def touch_conversation_or_404(conversation_id):
@@ -435,14 +461,18 @@ def get_exchange_or_404(conversation_id, message_id):
     return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
 
 
-def respond_with_reply(exchange, status):
+def get_reply(exchange):
+    """Return the reply of an exchange; if that is new, commit it and generate the reply, see ReplyManager.start()."""
+    replies = current_app.extensions["replies"]
+    return replies.start(exchange, g.request_id) if exchange.is_new else replies.get(exchange)
+
+
+def respond_with_reply(exchange, reply, status):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
     The reply is generated in the background, whatever becomes of this request. If it fails without a text, that is the
     error of this request, unless it has been over before.
     """
-    replies = current_app.extensions["replies"]
-    reply = replies.start(exchange, g.request_id) if exchange.is_new else replies.get(exchange)
     db.session.close()  # holds no connection while the bot works
     if not exchange.is_in_progress:
         response = stream_reply(reply, reply.follow()) if wants_stream() else make_response(reply.to_list(), status)
