@@ -390,7 +390,7 @@ class ReplyManager:
 
     def save(self):
         """Store the replies that have ended; once in SAVE_INTERVAL, look after those in progress first."""
-        if time.monotonic() - self.growth_saved_at >= SAVE_INTERVAL:
+        if self.replies and time.monotonic() - self.growth_saved_at >= SAVE_INTERVAL:
             self.growth_saved_at = time.monotonic()
             self.end_overdue()
             self.save_growth()

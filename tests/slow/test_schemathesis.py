@@ -80,7 +80,7 @@ def before_call(context, case, kwargs):
         if name in (case.query or {}):
             case.query.update({**required, **case.query})
 """
-OPTIONS = ("--checks=all", "--max-examples=15", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
+OPTIONS = ("--max-examples=15", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
 
 
 @pytest.fixture

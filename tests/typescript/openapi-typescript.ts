@@ -31,12 +31,12 @@ const conversation: Schemas["ConversationSummary"] = unwrap(
 const path = { conversation_id: conversation.id };
 const [message, reply] = unwrap(
   await api.POST(MESSAGES, { params: { path, header: { "Idempotency-Key": "first" } }, body: { text: "Hello" } }),
-);
+) as Schemas["Exchange"]; // openapi-fetch turns the tuple into an array
 check(message.text === "Hello" && reply.sender === "bot" && reply.text !== "", "the bot replies");
 
 const [, pending] = unwrap(
   await api.POST(MESSAGES, { params: { path, header: { Prefer: "respond-async" } }, body: { text: "Hello again" } }),
-);
+) as Schemas["Exchange"];
 const events = await api.GET(EVENTS, { params: { path: { ...path, message_id: pending.id } }, parseAs: "stream" });
 const stream = events.data as ReadableStream<BufferSource>;
 let received = "";
