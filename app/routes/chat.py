@@ -277,12 +277,15 @@ def create_title(conversation_id):
     """Name a conversation after its first exchange, unless it is renamed meanwhile."""
     conversation = get_conversation_or_404(conversation_id)
     history = Message.list_first(conversation_id) or abort(409, "The conversation has no message")
-    old_name, replies = conversation.name, current_app.extensions["replies"]
-    with replies.reserved(current_user.id):
-        if not Conversation.start_title(conversation_id, current_app.config["BOT_TIMEOUT"]):
-            abort(409, "A title of this conversation is being generated")
-        title = replies.create_title(history, g.request_id)
-    conversation = Conversation.end_title(conversation_id, old_name, title)
+    old_name = title = conversation.name
+    if not Conversation.start_title(conversation_id, current_app.config["BOT_TIMEOUT"]):
+        abort(409, "A title of this conversation is being generated")
+    replies = current_app.extensions["replies"]
+    try:
+        with replies.reserved(current_user.id):
+            title = replies.create_title(history, g.request_id)
+    finally:
+        conversation = Conversation.end_title(conversation_id, old_name, title)
     return conversation.to_dict() if conversation else abort(404, "Conversation not found")
 
 

@@ -1,0 +1,141 @@
+"""POST /api/conversations/<id>/title: a conversation is named after its first exchange."""
+
+import pytest
+
+from app.bot import BotError
+from tests.conftest import create_logged_in_client, create_other_client
+from tests.helpers.bots import ScriptedBot
+from tests.helpers.server import run_in_background, wait_until
+
+FIRST_WORDS = "Which of these old maps of the coast shows the harbour best"  # 59 characters
+
+
+class TitleBot(ScriptedBot):
+    """A bot that also makes titles: it calls `make_title`."""
+
+    def __init__(self, make_title):
+        super().__init__("Hello")
+        self.make_title = make_title
+        self.title_histories = []
+
+    def create_title(self, history):
+        self.title_histories.append(list(history))
+        return self.make_title()
+
+
+def fail():
+    raise BotError("no title")
+
+
+@pytest.fixture
+def chat(make_app):
+    """A function that returns a logged-in client of a bot with titles, and a conversation with one exchange."""
+
+    def start(make_title, text="Hello, bot", **settings):
+        client = create_logged_in_client(make_app(TitleBot(make_title), **settings), "ada")
+        id = client.create_conversation("New chat")
+        assert client.send_message(id, text).status_code == 201
+        return client, id
+
+    return start
+
+
+def request_title(client, id):
+    """Return the status and the name or the error."""
+    response = client.post(f"/api/conversations/{id}/title")
+    return response.status_code, response.json.get("name", response.json.get("error"))
+
+
+def get_name(client, id):
+    return client.get(f"/api/conversations/{id}").json["name"]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("Hello", "Hello"),
+        ("  Hello,\n\n\tbot! ", "Hello, bot!"),
+        (f"{FIRST_WORDS} of all", f"{FIRST_WORDS}…"),
+        ("x" * 61, "x" * 59 + "…"),
+    ],
+)
+def test_title_without_a_bot_that_makes_titles_is_the_beginning_of_the_first_message(ada, text, title):
+    id = ada.create_conversation("New chat")
+    ada.send_message(id, text)
+    ada.send_message(id, "Another message")
+    response = ada.post(f"/api/conversations/{id}/title")
+    assert (response.status_code, response.json) == (200, {"id": id, "name": title})
+    assert get_name(ada, id) == title
+
+
+@pytest.mark.parametrize(
+    ("make_title", "title"),
+    [
+        (lambda: "Old maps", "Old maps"),
+        (lambda: "Old\0 maps\n", "Old maps"),
+        (lambda: "maps " * 20, "maps " * 11 + "maps…"),
+        (lambda: " \u200b", "Hello, bot"),
+        (fail, "Hello, bot"),
+        (lambda: 1 / 0, "Hello, bot"),
+    ],
+)
+def test_title_of_a_bot_is_one_short_line_or_the_first_message_if_it_has_none(chat, make_title, title):
+    client, id = chat(make_title)
+    assert request_title(client, id) == (200, title)
+    assert get_name(client, id) == title
+
+
+def test_bot_that_makes_titles_gets_the_first_exchange(make_app):
+    bot = TitleBot(lambda: "Maps")
+    client = create_logged_in_client(make_app(bot), "ada")
+    id = client.create_conversation()
+    for text in ("First", "Second"):
+        client.send_message(id, text)
+    request_title(client, id)
+    assert bot.title_histories == [[("user", "First"), ("bot", "Hello")]]
+
+
+def test_title_of_an_empty_conversation_returns_409(ada, conversation_id):
+    assert request_title(ada, conversation_id) == (409, "The conversation has no message")
+
+
+def test_name_that_is_changed_while_a_title_is_generated_stays(chat, gate):
+    calls = []
+    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
+    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
+        wait_until(lambda: calls)
+        client.put(f"/api/conversations/{id}", json={"name": "Mine"})
+        gate.set()
+    assert title.result() == (200, "Mine")
+    assert get_name(client, id) == "Mine"
+
+
+def test_second_request_while_a_title_is_generated_returns_409_and_does_not_call_the_bot(chat, gate):
+    calls = []
+    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
+    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
+        wait_until(lambda: calls)
+        assert request_title(client, id) == (409, "A title of this conversation is being generated")
+        gate.set()
+    assert title.result() == (200, "Maps")
+    assert calls == [1]
+    assert request_title(client, id) == (200, "Maps")
+
+
+def test_title_of_a_conversation_that_is_deleted_meanwhile_returns_404(chat, gate):
+    calls = []
+    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
+    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
+        wait_until(lambda: calls)
+        assert client.delete(f"/api/conversations/{id}").status_code == 204
+        gate.set()
+    assert title.result() == (404, "Conversation not found")
+
+
+def test_title_that_is_refused_by_a_limit_can_be_requested_later(chat):
+    client, id = chat(lambda: "Maps", SEND_RATE_LIMIT="1 per hour")
+    for _ in range(2):
+        status, error = request_title(client, id)
+        assert status == 429
+        assert error.startswith("You may send 1 message per hour")
+    assert get_name(client, id) == "New chat"
