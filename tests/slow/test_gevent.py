@@ -106,6 +106,25 @@ lock.release()
 """) == ["found"]
 
 
+def test_run_in_threadpool_uses_one_thread_per_core_and_refuses_who_waits_too_long():
+    assert run_in_app("""
+threads.MAX_WAIT = 1
+
+def call():
+    try:
+        return run_in_threadpool(block) or "called"
+    except ServiceUnavailable as error:
+        return f"{error.code} {error.description} {error.retry_after}"
+
+calls = [gevent.spawn(call) for _ in range(20 * os.cpu_count())]
+gevent.sleep(0.2)
+print(len(started) - os.cpu_count(), sum(call.ready() for call in calls))
+print({call.get() for call in calls[os.cpu_count():]})
+lock.release()
+print({call.get() for call in calls[:os.cpu_count()]})
+""") == ["0 0", "{'503 The server is busy, try again later 5'}", "{'called'}"]
+
+
 def test_run_in_threadpool_works_in_a_forked_process():
     assert run_in_app("""
 print(run_in_threadpool(str, "parent"), flush=True)

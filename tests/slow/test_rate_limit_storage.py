@@ -188,6 +188,17 @@ def test_apps_with_the_same_storage_share_a_count(run, tmp_path, caplog):
         assert caplog.records == []
 
 
+def test_workers_share_the_limit_of_sends(server, serve):
+    program = serve(RATE_LIMIT_STORAGE=server.url, SEND_RATE_LIMIT="3 per hour", WEB_CONCURRENCY=2)
+    program.all_workers(2)
+    with program.create_logged_in_client("ada") as ada:
+        id, statuses = ada.create_conversation(), []
+        for _ in range(10):
+            with program.other_client(ada) as client:  # of either worker
+                statuses.append(client.send_message(id).status)
+    assert statuses == [201] * 3 + [429] * 7
+
+
 @pytest.mark.parametrize("scheme", ["redis", "redis+cluster", "redis+sentinel"])
 def test_app_without_its_storage_counts_in_the_process(scheme, caplog):
     app = create_app(f"{scheme}://127.0.0.1:{find_free_port()}/0")
