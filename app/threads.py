@@ -1,7 +1,7 @@
 """Slow work in native threads, which leave gevent's event loop to other clients: hashing and long queries."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import cache
 from threading import BoundedSemaphore, Lock
@@ -17,7 +17,7 @@ except ImportError:  # installed only where gunicorn runs
 
 HASHING_THREADS = os.cpu_count() or 1
 MAX_LONG_QUERIES = 2  # of all users, at once in a process: each may read all messages of its user
-MAX_WAIT = 10  # seconds that a hash waits for others, and a query for those of its user and then for those of all
+MAX_WAIT = 10  # seconds that one waits for others
 RETRY_AFTER = 5  # seconds
 
 hashing_slots = BoundedSemaphore(HASHING_THREADS)
@@ -41,11 +41,7 @@ def run_long_query(func, user_id, in_thread):
 
 def run_in_turn(locks, in_thread, func, *args):
     """Call a function with all locks, in a native thread if so asked, and return its result."""
-    with ExitStack() as stack:
-        for lock in locks:
-            if not lock.acquire(timeout=MAX_WAIT):
-                raise busy()
-            stack.callback(lock.release)
+    with holding(*locks):
         if not in_thread:
             return func(*args)
         result, error = get_threadpool(os.getpid()).apply(catch_error, (copy_context(), func, *args))
@@ -54,9 +50,15 @@ def run_in_turn(locks, in_thread, func, *args):
     return result
 
 
-def busy():
-    """Return the error of a request that others have kept waiting too long."""
-    return ServiceUnavailable("The server is busy, try again later", retry_after=RETRY_AFTER)
+@contextmanager
+def holding(*locks):
+    """Hold locks during the block. Raises ServiceUnavailable after MAX_WAIT for one of them."""
+    with ExitStack() as stack:
+        for lock in locks:
+            if not lock.acquire(timeout=MAX_WAIT):
+                raise ServiceUnavailable("The server is busy, try again later", retry_after=RETRY_AFTER)
+            stack.callback(lock.release)
+        yield
 
 
 def catch_error(context, func, *args):

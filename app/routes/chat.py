@@ -22,7 +22,7 @@ from app.models import Conversation, Message
 from app.models.exchange import Exchange, touch
 from app.replies import exchange_to_list
 from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
-from app.threads import MAX_WAIT, busy, run_long_query
+from app.threads import holding, run_long_query
 from app.validation import (
     get_bool,
     get_idempotency_key,
@@ -383,16 +383,9 @@ def sending(conversation_id):
 
     Sends of this process take turns before they do in the database, where each that waits would hold a connection.
     """
-    lock = send_locks.setdefault((current_user.id, conversation_id), Lock())
-    if not lock.acquire(blocking=False):
-        db.session.close()
-        if not lock.acquire(timeout=MAX_WAIT):
-            raise busy()
-    try:
+    with holding(send_locks.setdefault((current_user.id, conversation_id), Lock())):
         touch_conversation_or_404(conversation_id)
         yield
-    finally:
-        lock.release()
 
 
 def touch_conversation_or_404(conversation_id):
