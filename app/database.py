@@ -8,6 +8,7 @@ import unicodedata
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from threading import Thread
 
 from flask import has_request_context, request
@@ -218,6 +219,7 @@ def engine_options(url):
 def configure_engine(engine):
     """Set up each connection of an engine, and let transactions on SQLite take the write lock as they begin."""
     if engine.dialect.name == "sqlite":
+        event.listen(engine, "do_connect", create_private_file)
         event.listen(engine, "connect", configure_sqlite)
         event.listen(engine, "begin", begin_immediate)
         event.listen(engine, "handle_error", discard_read_only_connection)
@@ -225,6 +227,12 @@ def configure_engine(engine):
         from app.postgresql import connect
 
         event.listen(engine, "do_connect", connect)
+
+
+def create_private_file(dialect, record, args, kwargs):
+    """Create the file of a SQLite database for this user only, before SQLite creates it for whom the umask allows."""
+    with suppress(OSError):
+        Path(args[0]).touch(0o600)
 
 
 def configure_sqlite(connection, record):

@@ -50,7 +50,7 @@ def test_restored_backup_has_what_was_stored_at_its_time(start, tmp_path, stop):
 def test_backup_is_for_its_user_alone(start, tmp_path):
     start()
     subprocess.run(BACK_UP, shell=True, cwd=tmp_path, check=True, timeout=TIMEOUT)
-    assert stat.S_IMODE((tmp_path / "chat-copy.db").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "instance" / "backup.db").stat().st_mode) == 0o600
 
 
 def test_clean_stop_leaves_the_database_in_one_file(start, tmp_path):

