@@ -286,6 +286,14 @@ def test_flask_command_has_demo(app, database):
     assert [line.split()[-1] for line in lines] == ["charles", "alan", "barbara"]
 
 
+def test_flask_db_upgrade_creates_a_file_for_its_user_alone(tmp_path):
+    path = tmp_path / "chat.db"
+    environ = {**os.environ, "DATABASE_URL": f"sqlite:///{path}"}
+    command = [sys.executable, "-m", "flask", "db", "upgrade"]
+    subprocess.run(command, cwd=ROOT, env=environ, umask=0o022, check=True, timeout=TIMEOUT)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_simulated_bot_imports_no_client():
     program = "import sys, app.bot; app.bot.create_bot({'BOT_MODEL': ''}); assert 'app.openai_bot' not in sys.modules"
     process = run_python("-c", program)
