@@ -222,7 +222,6 @@ def configure_engine(engine):
         event.listen(engine, "do_connect", create_private_file)
         event.listen(engine, "connect", configure_sqlite)
         event.listen(engine, "begin", begin_immediate)
-        event.listen(engine, "handle_error", discard_read_only_connection)
     else:
         from app.postgresql import connect
 
@@ -272,12 +271,6 @@ def is_locked(error):
     """Return whether an error of SQLite's says that another connection is writing."""
     original = getattr(error, "orig", error)
     return getattr(original, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def discard_read_only_connection(context):
-    """Discard connections to a file that was read-only when they were opened; new ones may be able to write."""
-    if getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
-        context.is_disconnect = True
 
 
 def is_answering(engine, timeout):

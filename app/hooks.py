@@ -151,7 +151,6 @@ def after_request(response):
         method=request.method,
         path=quote(request.path),
         status=response.status_code,
-        duration_ms=0,
         user_id=g.get("user_id"),
         address=request.remote_addr,
     )
@@ -165,7 +164,8 @@ def after_request(response):
 def log_request(fields, started_at, request_id):
     """Log a request: method, path, status, milliseconds, user's id, address; of a stream, the characters, too."""
     fields["duration_ms"] = round((time.perf_counter() - started_at) * 1000, 1)
-    method, path, status, duration, user_id, address, *characters = fields.values()
-    text = f"{method} {path} {status} {duration:.1f} ms user={user_id or '-'} from {address}"
-    text += "".join(f" characters={count}" for count in characters)
+    text = "{method} {path} {status} {duration_ms:.1f} ms user={user} from {address}"
+    text = text.format(**fields, user=fields["user_id"] or "-")
+    if "characters" in fields:
+        text += f" characters={fields['characters']}"
     logger.info("%s", text, extra={"fields": fields, "request_id": request_id})

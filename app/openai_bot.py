@@ -6,7 +6,6 @@ be imported.
 
 import re
 import ssl
-import textwrap
 import time
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -35,7 +34,6 @@ ROLES = {"user": "user", "bot": "assistant"}
 TITLE_PROMPT = (
     "Name this conversation in its language, in at most six words, without quotes. Answer with the name only."
 )
-MAX_TITLE_CHARS = 60
 
 current_reply = ContextVar("current_reply")
 
@@ -58,17 +56,15 @@ class OpenAIBot:
         return ModelReply(self, history)
 
     def create_title(self, history):
-        """Return a title of a conversation, one line of at most MAX_TITLE_CHARS. Raises BotError if there is none."""
+        """Return a title of a conversation in one line. Raises BotError if there is none."""
         question = "\n\n".join(f"{ROLES[sender]}: {text}" for sender, text in history)[: self.max_chars]
         reply = ModelReply(self, [("user", f"{TITLE_PROMPT}\n\n{question}")], has_total_timeout=True)
         text = re.sub(r"(?im)^[\W_]*title:", "", "".join(reply))
         lines = ["".join(filter(str.isprintable, line)) for line in text.splitlines()]
         lines = [re.sub(r"^[\s#>*_`\"'“”„«»-]+|[\s*_`\"'“”«».]+$", "", line) for line in lines]
-        title = next(filter(None, lines), "")
-        if not title:
+        if not any(lines):
             raise BotError("the model gave no title")
-        short = textwrap.shorten(title, MAX_TITLE_CHARS, placeholder="…")
-        return short if short != "…" else f"{title[: MAX_TITLE_CHARS - 1]}…"
+        return next(filter(None, lines))
 
     def encode_request(self, history):
         """Return the body of a request."""
@@ -139,10 +135,6 @@ class ModelReply:
             if self.sock:
                 with suppress(OSError):
                     self.sock.shutdown(SHUT_RDWR)
-
-    def close(self):
-        """End the reply, as for a generator."""
-        self.cancel()
 
     def use(self, sock):
         """Use the socket of a connection, or None. Raises ConnectionAbortedError if the reply was cancelled."""

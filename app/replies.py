@@ -113,9 +113,10 @@ class Reply:
     def correct(self, row):
         """Set how another process ended the reply, if it did: `row` is what is stored, None if that was deleted."""
         text, status, sentence = (row.text, row.status, row.error) if row else ("", "deleted", None)
-        if (text, status) != (self.get_text(), self.status):
-            self.chunks, self.status = [text], status
-            self.error = sentence and ServiceUnavailable(sentence, retry_after=RETRY_AFTER)
+        with self.changed:
+            if (text, status) != (self.get_text(), self.status):
+                self.chunks, self.status = [text], status
+                self.error = ServiceUnavailable(sentence, retry_after=RETRY_AFTER) if sentence else None
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
@@ -261,7 +262,7 @@ class ReplyManager:
             self.counts[user_id] += 1
         try:
             record_send(user_id)
-        except TooManyRequests:
+        except BaseException:
             self.release(user_id)
             raise
 
@@ -314,9 +315,10 @@ class ReplyManager:
 
     def shutdown(self, timeout):
         """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
-        self.is_shutting_down = True
+        with self.lock:
+            self.is_shutting_down = True
         deadline = time.monotonic() + timeout
-        while self.replies and time.monotonic() < deadline:
+        while self.counts and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
             self.end(reply, "failed", ServiceUnavailable(exchanges.INTERRUPTED, retry_after=RETRY_AFTER))
@@ -401,13 +403,14 @@ class ReplyManager:
         """End the replies that take too long, and those that another process has ended or deleted."""
         max_seconds = self.app.config["BOT_MAX_SECONDS"]
         replies = list(self.replies.values())
+        for reply in replies:
+            if time.monotonic() - reply.started_at > max_seconds:
+                overdue = BotTimeout(f"no end after {max_seconds} s")
+                self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
         ids = exchanges.list_in_progress([reply.id for reply in replies])
         for reply in replies:
             if reply.id not in ids:
                 self.end(reply, "stopped")
-            elif time.monotonic() - reply.started_at > max_seconds:
-                overdue = BotTimeout(f"no end after {max_seconds} s")
-                self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
 
     def save_growth(self):
         """Save the replies that have grown, and at times those that have not, as a sign of life."""

@@ -26,25 +26,29 @@ query_locks = WeakValueDictionary()  # by user
 
 
 def run_in_threadpool(func, *args):
-    """Call a function that hashes a password, and return its result. Abort with 503 after MAX_WAIT for others."""
-    return run_in_turn([hashing_slots], is_gevent_used(), func, *args)
+    """Call a function that hashes a password, and return its result. Raises ServiceUnavailable as holding() does."""
+    with holding(hashing_slots):
+        return call_in_thread(func, *args)
 
 
-def run_long_query(func, user_id, in_thread):
-    """Call a function that reads many messages, one at a time for each user; abort with 503 after MAX_WAIT for others.
+def run_long_query(func, user_id, prepare=None):
+    """Call a function that reads many messages, one at a time for each user, and return its result.
 
-    With `in_thread` it runs in a native thread under gevent.
+    With `prepare`, that is called first, and the function in a native thread. Raises ServiceUnavailable as holding()
+    does.
     """
-    locks = [query_locks.setdefault(user_id, Lock()), query_slots]
-    return run_in_turn(locks, in_thread and is_gevent_used(), func)
+    with holding(query_locks.setdefault(user_id, Lock()), query_slots):
+        if prepare is None:
+            return func()
+        prepare()
+        return call_in_thread(func)
 
 
-def run_in_turn(locks, in_thread, func, *args):
-    """Call a function with all locks, in a native thread if so asked, and return its result."""
-    with holding(*locks):
-        if not in_thread:
-            return func(*args)
-        result, error = get_threadpool(os.getpid()).apply(catch_error, (copy_context(), func, *args))
+def call_in_thread(func, *args):
+    """Call a function, under gevent in a native thread, and return its result."""
+    if not is_gevent_used():
+        return func(*args)
+    result, error = get_threadpool(os.getpid()).apply(catch_error, (copy_context(), func, *args))
     if error:
         raise error
     return result

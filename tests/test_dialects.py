@@ -246,8 +246,6 @@ def test_second_address_is_tried_if_the_first_is_silent(model, monkeypatch):
         (["Trains in Spain"], "Trains in Spain"),
         (['<think>Hm</think>\n**"Trains"**\nMore'], "Trains"),
         (["# Title: Trains."], "Trains"),
-        (["word " * 50], "word " * 11 + "word…"),
-        (["x" * 100], "x" * 59 + "…"),
     ],
 )
 def test_title_is_one_plain_short_line(model, script, title):

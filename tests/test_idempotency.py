@@ -99,6 +99,15 @@ def test_repeated_send_returns_stored_exchange(ada, bot, conversation_id, header
     assert bot.calls == 1
 
 
+def test_repeated_edit_without_another_text_returns_the_same_new_reply(ada, bot, conversation_id):
+    message_id = ada.send_message(conversation_id).json[0]["id"]
+    first, second = (edit(ada, conversation_id, message_id, "Hello") for _ in range(2))
+    assert (is_replayed(first), is_replayed(second)) == (False, True)
+    assert second.json == first.json
+    assert bot.calls == 2
+    assert get_answer(edit(ada, conversation_id, message_id, "Other"))[0] == 409
+
+
 @each_way
 @pytest.mark.parametrize("text", ["Hello!", "hello", "Hello "])
 def test_repeat_with_other_text_returns_409(ada, bot, conversation_id, headers, text):

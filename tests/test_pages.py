@@ -1,8 +1,7 @@
 """Pages of conversations, messages and users; the parameters that choose them."""
 
 import re
-from base64 import urlsafe_b64encode
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
@@ -248,10 +247,6 @@ def test_smallest_and_largest_integers_are_accepted(ada):
             assert ada.get(path, query_string={**others, name: value}).status_code == 200, (path, name, value)
 
 
-def encode_cursor(text):
-    return urlsafe_b64encode(text.encode()).decode()
-
-
 CONFLICTS = {
     "/api/conversations?before=5": "before requires limit",
     "/api/conversations?before=5&q=a&messages=1": "before requires limit",
@@ -270,7 +265,7 @@ CONFLICTS = {
 
 @on_sqlite
 def test_parameters_that_do_not_go_together_return_400(ada):
-    cursor, cursor_of_id_0 = (encode_cursor(f"2026-01-31T12:00:00+00:00 {id}") for id in (1, 0))
+    cursor, cursor_of_id_0 = (quote(f"2026-01-31T12:00:00+00:00 {id}") for id in (1, 0))
     for path, error in CONFLICTS.items():
         response = ada.get(path.format(cursor=cursor, cursor_of_id_0=cursor_of_id_0))
         assert get_answer(response) == (400, {"error": error}), path
@@ -278,9 +273,9 @@ def test_parameters_that_do_not_go_together_return_400(ada):
 
 FORGED_CURSORS = [
     *("1", "a", "=", "é", "😀", "____", "%%%", "a" * 255),
-    *map(encode_cursor, ("a", "1", "1 1", "2026-01-31", "2026-01-31 b", "2026-01-31 1 1", "\0 1", "NaN 1")),
-    *map(encode_cursor, (f"2026-01-31T12:00:00+00:00 {'9' * 99}", f"2026-01-31 -{'9' * 99}", "2026-01-31 1\0")),
-    *map(encode_cursor, ("0001-01-01T00:00:00+23:59 1", "9999-12-31T23:59:59-23:59 1", "10000-01-01 1")),
+    *("1 1", "2026-01-31", "2026-01-31 b", "2026-01-31 1 1", "x 1", "NaN 1"),
+    *(f"2026-01-31T12:00:00+00:00 {'9' * 99}", f"2026-01-31 -{'9' * 99}", "2026-01-31 1_0"),
+    *("0001-01-01T00:00:00+23:59 1", "9999-12-31T23:59:59-23:59 1", "10000-01-01 1"),
 ]
 
 

@@ -1,10 +1,13 @@
 """Searching conversations and messages."""
 
+import time
+
 import pytest
 
 from app.threads import run_long_query
 from tests.conftest import create_other_client, on_sqlite
 from tests.helpers.data import add_conversations, execute, get_ids, get_items, read_pages
+from tests.helpers.server import run_in_background
 
 TEXTS_WITH_MATCH = [  # text, q, what q matches
     ("Grüße aus Österreich", "ÖSTER", "Öster"),
@@ -239,11 +242,27 @@ def test_search_waits_for_other_searches_of_the_user(ada, bob, monkeypatch, path
         assert bob.get(path).status_code == ada.get("/api/conversations?messages=0").status_code == 200
         return response.status_code, response.json, response.headers["Retry-After"]
 
-    assert run_long_query(search_again, ada.user_id, in_thread=False) == (
+    assert run_long_query(search_again, ada.user_id) == (
         503,
         {"error": "The server is busy, try again later"},
         "5",
     )
+
+
+@on_sqlite
+def test_change_of_the_branch_that_waits_for_a_search_locks_no_other_writer(ada, bob, conversation_id, monkeypatch):
+    monkeypatch.setattr("app.threads.MAX_WAIT", 1)
+    monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", 0.1)
+    message, _ = ada.send_message(conversation_id).json
+    other_id = bob.create_conversation()
+
+    def send_meanwhile():
+        with run_in_background(lambda: ada.show_branch(conversation_id, message["id"])) as [change]:
+            time.sleep(0.3)
+            sent = bob.send_message(other_id)
+        return sent.status_code, change.result().status_code
+
+    assert run_long_query(send_meanwhile, ada.user_id) == (201, 503)
 
 
 def test_search_finds_current_versions_only(echo_ada):

@@ -133,7 +133,7 @@ def count_concurrent_searches(user_ids):
         time.sleep(0.05)
         running.pop()
 
-    run_concurrently(len(user_ids), lambda number: run_long_query(search, user_ids[number], in_thread=False))
+    run_concurrently(len(user_ids), lambda number: run_long_query(search, user_ids[number]))
     return max(most)
 
 
@@ -147,11 +147,11 @@ def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locke
 
     def search_again():
         with pytest.raises(ServiceUnavailable) as caught:
-            run_long_query(str, 1, in_thread=False)
+            run_long_query(str, 1)
         return caught.value.retry_after
 
-    assert run_long_query(lambda: run_all(search_again), 1, in_thread=False) == [5]
-    assert run_long_query(lambda: run_long_query(str, 2, in_thread=False), 1, in_thread=False) == ""
+    assert run_long_query(lambda: run_all(search_again), 1) == [5]
+    assert run_long_query(lambda: run_long_query(str, 2), 1) == ""
 
 
 # Client addresses

@@ -61,11 +61,6 @@ class Conversation(db.Model):
         return self.archived_at is not None
 
     @classmethod
-    def get_for_user(cls, id, user_id):
-        """Return the user's conversation, or None."""
-        return db.session.scalar(select(cls).filter_by(id=id, user_id=user_id))
-
-    @classmethod
     def start_title(cls, id, timeout):
         """Record that a title is generated; commit; return False if one has been for less than `timeout` seconds."""
         is_free = cls.title_requested_at.is_(None) | (cls.title_requested_at < database_now(-timeout))

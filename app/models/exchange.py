@@ -86,20 +86,21 @@ class Exchange:
     def edit(cls, message, user_id, text, key=None):
         """Add another version of a question, and an empty reply, as the current ones; call touch() before.
 
-        With the same text, only the reply is added.
+        With the same text, only the reply is added, which then has the key.
         """
         question = message.to_dict()
         if text != message.text:
             values = {"parent_id": message.parent_id, "idempotency_key": key}
             question = insert_message(INSERT_MESSAGE, message.conversation_id, "user", text, **values)
-        exchange = cls.add_reply(message.conversation_id, user_id, question)
+            key = None
+        exchange = cls.add_reply(message.conversation_id, user_id, question, key)
         Message.show_branch(message.conversation_id, exchange.reply["id"])
         return exchange
 
     @classmethod
-    def add_reply(cls, conversation_id, user_id, question):
+    def add_reply(cls, conversation_id, user_id, question, key=None):
         """Add an empty reply to a question."""
-        values = {"parent_id": question["id"], "idempotency_key": None}
+        values = {"parent_id": question["id"], "idempotency_key": key}
         reply = insert_message(INSERT_MESSAGE, conversation_id, "bot", "", status="in_progress", **values)
         return cls(conversation_id, user_id, question, reply, is_new=True)
 

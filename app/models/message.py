@@ -38,7 +38,7 @@ class Message(db.Model):
     is_current: Mapped[bool] = mapped_column(default=True, server_default=true())  # on the branch that lists show
     error: Mapped[str | None] = mapped_column(String(255))  # of a failed reply: what clients are told
     heartbeat_at: Mapped[datetime | None]  # of a reply in progress, by the database's clock
-    idempotency_key: Mapped[str | None] = mapped_column(String(255))  # of a question
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))  # of what a request has added first
 
     conversation: Mapped[Conversation] = relationship(back_populates="messages")
     parent: Mapped[Message | None] = relationship(remote_side=[id])
@@ -88,7 +88,7 @@ class Message(db.Model):
 
     @classmethod
     def get_by_key(cls, conversation_id, idempotency_key):
-        """Return the question that was sent with an idempotency key, or None."""
+        """Return the message that a request with an idempotency key has added first, or None."""
         query = select(cls).filter_by(conversation_id=conversation_id, idempotency_key=idempotency_key)
         return db.session.scalar(query)
 
@@ -147,7 +147,7 @@ class Message(db.Model):
         """
         text = unicodedata.normalize("NFC", self.text)
         folded = fold_case(q)
-        start = min(fold_case(text).index(folded), len(text))
+        start = max(0, fold_case(text).find(folded))  # the database may fold characters that are newer than Python
         end = min(start + len(folded), len(text))
         first = max(0, start - SNIPPET_CONTEXT)
         snippet = text[first : end + SNIPPET_CONTEXT]

@@ -1,6 +1,5 @@
 """Conversations, messages and replies."""
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -12,6 +11,7 @@ import orjson
 from flask import Blueprint, abort, current_app, g, make_response, request, stream_with_context
 from flask_login import current_user, login_required
 from orjson import Fragment
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from werkzeug.exceptions import BadGateway, HTTPException
 
@@ -92,14 +92,14 @@ def read_rows(is_long=False, **filters):
 def read_long(func):
     """Return what a function that reads many messages returns, see run_long_query().
 
-    SQLite would stop the event loop meanwhile.
+    SQLite would stop the event loop meanwhile: a native thread reads by a connection that this one takes from the pool.
     """
-    user_id, is_sqlite = current_user.id, db.engine.dialect.name == "sqlite"
-    if is_sqlite:
-        db.session.connection()  # for the thread, which must not wait for the pool's locks: they are gevent's
-    else:
-        db.session.close()  # holds no connection while other long queries run
-    return run_long_query(func, user_id, in_thread=is_sqlite)
+    prepare = None
+    if db.engine.dialect.name == "sqlite":
+        prepare = partial(db.session.connection, execution_options={"begin_immediate": False})
+    user_id = current_user.id
+    db.session.close()  # holds no connection while other long queries run
+    return run_long_query(func, user_id, prepare)
 
 
 def get_list_filters():
@@ -141,7 +141,7 @@ def get_cursor():
     if cursor is None:
         return None, None
     try:
-        updated_at, id = urlsafe_b64decode(cursor).decode().split()
+        updated_at, id = cursor.split()
         return datetime.fromisoformat(updated_at).astimezone(UTC), min(abs(int(id)), MAX_ID)
     except (ValueError, OverflowError):
         abort(400, "cursor must come from a Link header")
@@ -151,7 +151,7 @@ def get_next_page(last, order):
     """Return the query parameters of the page after the one that a conversation is the last of."""
     if not order:
         return {"before": last.id}
-    return {"cursor": urlsafe_b64encode(f"{last.updated_at.isoformat()} {last.id}".encode()).decode()}
+    return {"cursor": f"{last.updated_at.isoformat()} {last.id}"}
 
 
 def get_etag(rows):
@@ -255,7 +255,8 @@ def delete_conversation(conversation_id):
 
 def get_conversation_or_404(conversation_id):
     """Return the current user's conversation; abort with 404 if it is missing or another user's."""
-    return Conversation.get_for_user(conversation_id, current_user.id) or abort(404, "Conversation not found")
+    query = select(Conversation).filter_by(id=conversation_id, user_id=current_user.id)
+    return db.one_or_404(query, description="Conversation not found")
 
 
 @bp.put("/api/conversations/<id:conversation_id>/current")
@@ -399,14 +400,14 @@ def get_repeated_exchange(conversation_id, text, key):
 
     If its reply has failed and nothing came after it, it gets another one.
     """
-    question = key and Message.get_by_key(conversation_id, key)
-    if not question:
+    message = key and Message.get_by_key(conversation_id, key)
+    if not message:
         return None
-    if question.text != text:
+    exchange = Exchange.get(current_user.id, message)
+    if exchange.question["text"] != text:
         abort(409, "Idempotency-Key was used for another text in this conversation")
-    exchange = Exchange.get(current_user.id, question)
     if exchange.reply.get("status") == "failed" and exchange.is_last():
-        return Exchange.edit(question, current_user.id, text)
+        return Exchange.edit(message if message.sender == "user" else message.parent, current_user.id, text)
     return exchange
 
 
@@ -517,15 +518,16 @@ def stream_reply(reply, updates, offset=None):
 
 def generate_events(reply, updates, offset):
     """Yield the events of a reply. The id of the last one says that nothing follows."""
+    g.log_fields["characters"] = 0
     if offset is None:
         offset = 0
         yield format_event("start", exchange_to_list(reply.exchange, text="", status="in_progress"))
     try:
         for text in updates:
             offset += len(text or "")
+            g.log_fields["characters"] += len(text or "")
             id = f"{reply.id} {offset}"
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
-        g.log_fields["characters"] = offset
         exchange = reply.to_list()
     except (HTTPException, SQLAlchemyError) as error:
         log_error(error)

@@ -140,7 +140,7 @@ print(os.wait()[1])
 
 def test_run_long_query_in_thread_does_not_stop_the_event_loop():
     assert run_in_app("""
-search = gevent.spawn(run_long_query, block, 1, True)
+search = gevent.spawn(run_long_query, block, 1, prepare=list)
 while not started:
     gevent.sleep(0.01)
 lock.release()
@@ -152,7 +152,7 @@ print(search.successful())
 def test_run_long_query_in_thread_raises_the_error_without_a_traceback():
     assert run_in_app("""
 try:
-    run_long_query(lambda: 1 / 0, 1, True)
+    run_long_query(lambda: 1 / 0, 1, prepare=list)
 except ZeroDivisionError:
     print("raised")
 """) == ["raised"]
