@@ -22,7 +22,10 @@ ENV_FILE = Path(__file__).with_name(".env")
 MIN_SECRET_KEY_LENGTH = 32
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
-APP_SCHEMES = ("app", "capacitor", "chrome-extension", "ionic", "moz-extension", "tauri")  # of pages within apps
+APP_SCHEMES = (  # of pages within apps
+    *("app", "capacitor", "capacitor-electron", "chrome-extension", "electron", "ionic", "moz-extension"),
+    *("safari-web-extension", "tauri", "vscode-webview", "wails"),
+)
 
 
 class ConfigError(NoAppException):
@@ -35,7 +38,7 @@ def parse_str(value, is_multiline=False):
     """Return a text without control characters."""
     if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
         raise ValueError("must be text in UTF-8")
-    if re.search(r"[\0-\x08\x0b-\x1f\x7f]" if is_multiline else r"[\0-\x1f\x7f]", value):
+    if re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]" if is_multiline else r"[\0-\x1f\x7f-\x9f]", value):
         raise ValueError("must not contain control characters")
     return value
 

@@ -29,9 +29,11 @@ class SessionInterface(SecureCookieSessionInterface):
     def open_session(self, app, request):
         """Return the session of the cookie, an empty one if another program made it, even with the same key."""
         try:
-            return super().open_session(app, request)
+            session = super().open_session(app, request)
         except Exception:  # of the values that the cookie may hold, many kinds
             return self.session_class()
+        session.pop("_remember", None)  # Flask-Login's, which this program never sets
+        return session
 
 
 def create_app(config=None, bot=None):

@@ -15,18 +15,24 @@ MAX_EVENT_BYTES = 2_000_000
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 5, 3600  # seconds
 BUSY_STATUSES = {429, 503, 529}
 KIND_STATUSES = {200, 500, 502}  # with these, the words of the error tell whether the model is busy
+REFUSED_STATUSES = {200, 400, 403, 422, 451, 500}
 CONTEXT_STATUSES = {200, 400, 422, 500}
 BUSY = re.compile(
-    r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl|loading|at capacity|is busy", re.IGNORECASE
-)
-NO_QUOTA = re.compile(
-    r"insufficient.?(quota|balance|credit|fund)|billing.?(hard|not|details)|credit balance|payment", re.I
-)
-REFUSED = re.compile(
-    r"content.?(filter|policy|management)|responsible.?ai|moderation|data.?inspection|prohibited|safety|flagged"
-    r"|content exists risk",
+    r"rate.?limit|overload|too.?many.?requests|exhausted|unavailable|throttl|loading|capacity|busy|pending requests"
+    r"|no slot",
     re.IGNORECASE,
 )
+NO_QUOTA = re.compile(
+    r"insufficient.?(account.?)?(quota|balance|credit|fund)|billing.?(hard|not|details)|credit balance"
+    r"|payment.?required|arrear|budget|spend(ing)? limit|(out of|no|included) credits|usage limits",
+    re.IGNORECASE,
+)
+REFUSED = re.compile(
+    r"content.?(filter|policy|management)|responsible.?ai|moderation|data.?inspection|prohibited.?content|flagged"
+    r"|content exists risk|high risk|safety|guardrail|sensitive|violat\w+ .{0,40}polic|refus|recitation|blocklist|spii",
+    re.IGNORECASE,
+)
+INVALID_PARAMETER = re.compile("unrecogni[sz]ed|unsupported|unknown (name|param)|invalid (value|')", re.IGNORECASE)
 CONTEXT_EXCEEDED = re.compile(
     r"context.?(length|size|window|limit)|context the overflows|n_keep|(prompt|input) is too long|too large for model"
     r"|too many tokens(?!, please wait)|tokens? limit|maximum number of tokens|must have less than \d+ tokens"
@@ -36,41 +42,44 @@ CONTEXT_EXCEEDED = re.compile(
 )
 # A complaint of the operator's own limit of the reply, which no shorter history can satisfy.
 OUTPUT_LIMIT = re.compile(
-    r"max_?((completion|output)_?)?tokens['\"`]*( or '\w+'| value| parameter)*(:| is| are)? *"
+    r"max[_ ]?((completion|output)_?)?tokens['\"`]*( or '\w+'| value| parameter)*(:| is| are)? *"
     r"(\d+ *>|too (large|high|big)|must be (less|at most|between|smaller|<)|exceeds|out of)"
     r"|(range of|invalid) ['\"`]?max_|(completion|output) tokens|(?<!\+ )(?<!\+ `)max_new_tokens['\"`]* must",
     re.IGNORECASE,
 )
-TOO_LONG_OUTPUT = re.compile(r"context length is (\d+) tokens.*?(\d+) in the completion", re.DOTALL)
+# The context, and the length of the reply that the operator asks for: with less than that, a shorter history fits.
+REQUESTED_OUTPUT = re.compile(
+    r"context length is (?P<context>\d+) tokens.*?(?P<output>\d+) (tokens )?(in|for) the (completion|output)"
+    r"|(?P<output2>\d+) > (?P<context2>\d+) - \d+",
+    re.DOTALL,
+)
 REQUEST_TOO_LARGE = re.compile("request too large", re.IGNORECASE)  # for the limit of a minute: no retry succeeds
 RETRY_DELAY = re.compile(
-    r"(?:try again|retry|retrying|retryDelay\W+|wait)(?: in| after)? ?((?:[0-9.]+ ?[a-z]+ ?)+)", re.I
+    r"(?:try again|retry|wait|available|cooldown)(?:ing|delay|\W|in\b|after\b|for\b|about\b)*"
+    r"((?:[0-9]+(?:\.[0-9]+)? ?[a-z]+,? ?(?:and )?)+)",
+    re.IGNORECASE,
 )
-RETRY_FIELD = re.compile(r'"retry_?after(_ms)?"\s*:\s*"?([0-9.]+)', re.IGNORECASE)
+RETRY_FIELD = re.compile(r'"retry[_-]?(?:after|in)[_-]?(ms|seconds)?"\s*:\s*"?([0-9.]+)', re.IGNORECASE)
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(ms|milli|s|m|h|d)")
 SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
 ERROR_KIND = re.compile(r"(?=.{1,40}$)([A-Za-z]+(_[A-Za-z]+)+|[A-Za-z]*(Error|Exception))")
-UNFINISHED_REASONS = {"", "null", "none"}
+UNFINISHED_REASONS = {"", "null", "none"}  # these and the next are in lower case, without anything but letters
 COMPLETE_REASONS = {
-    "stop",
-    "eos",
-    "eos_token",
-    "end_turn",
-    "complete",
-    "completed",
-    "stop_sequence",
-    "finished",
-    "done",
+    *("stop", "stopped", "stopstr", "stopstring", "stopsequence", "eos", "eostoken", "endturn", "endofturn", "imend"),
+    *("complete", "completed", "finished", "done", "normal"),
 }
-ERROR_REASONS = {"error", "error_finish", "abort", "network_error"}
-CUT_REASON = re.compile("length|max|limit|filter|safety|time|cancel|incomplete|refus|malformed|truncat|recitation|spii")
+ERROR_REASON = re.compile("error|abort|fail|insufficient|interrupt")
 PINGS = ("ping", "heartbeat", "keepalive")
+ERROR_NAME = re.compile("error|fail|exception|timeout|abort|cancel")
+FINISH_FIELDS = ("finish_reason", "native_finish_reason", "done_reason")
 ERROR_FIELDS = ("error", "errors", "error_code", "error_msg", "exception", "detail")
 OK_CODES = (None, "", 0, 200, "0", "200")
 HARMLESS_FIELDS = ("choices", "usage", "timings", "x_groq", "prompt_filter_results")  # of events without a choice
-THINK_TAGS = {f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "seed:think", "reasoning")}
-THINK_TAGS |= {"[THINK]": "[/THINK]"}
+THINK_NAMES = ("think", "thinking", "thought", "thoughts", "seed:think", "mm:think", "longcat_think", "reasoning")
+THINK_TAGS = {f"<{name}>": f"</{name}>" for name in THINK_NAMES}  # in lower case
+THINK_TAGS |= {"[think]": "[/think]", "◁think▷": "◁/think▷", "<|start_thinking|>": "<|end_thinking|>"}
+BLANK = " \t\r\n\u200b\ufeff"  # before thinking
 SIGNS_OF_LIFE = ("reasoning_content", "reasoning", "reasoning_details", "content", "tool_calls")  # fields without text
 
 
@@ -144,33 +153,35 @@ class Completion:
 
     def receive(self, name, data):
         """Take in an event. Raises BotError if it is neither a part of the reply, nor usage, nor a sign of life."""
-        if name in PINGS or data.decode(errors="replace") in PINGS:
+        if is_ping(name) or is_ping(data[:20].decode(errors="replace")):
             return
-        if data == b"[DONE]" and not is_error(name, None):
+        if ERROR_NAME.search(name):
+            raise parse_error(200, data)
+        if data == b"[DONE]":
             self.is_done = True
             return
         event = unwrap(parse_json(data or b"null"))
-        if is_error(name, event):
-            raise parse_error(200, data)
         if event is None:
             return
+        if is_error(event):
+            raise parse_error(200, data)
         choice = find_first_choice(event.get("choices"))
-        delta = choice.get("delta")
-        if error := choice.get("error") or (isinstance(delta, dict) and delta.get("error")):
-            raise parse_error(200, json.dumps({"error": error}).encode())
+        for part in (choice, choice.get("delta"), choice.get("message")):
+            if isinstance(part, dict) and (error := part.get("error") or part.get("errors")):
+                raise parse_error(200, json.dumps({"error": error}).encode())
         self.add_message(choice)
-        reasons = [choice.get("finish_reason"), choice.get("native_finish_reason")]
+        reasons = [part.get(name) for name in FINISH_FIELDS for part in (choice, event)]
         if (name == "whole" or event.get("object") == "chat.completion") and choice and not any(reasons):
-            reasons = ["stop", None]
+            reasons = ["stop"]
         self.add_finish_reasons(reasons)
 
     def add_message(self, choice):
         """Add the text of a choice; a `message` in place of a `delta` may be a part, or all of the reply until now."""
         messages = [message for message in (choice.get("delta"), choice.get("message")) if isinstance(message, dict)]
-        message = messages[0] if messages else {}
+        message = next((message for message in messages if get_text(message)), messages[0] if messages else {})
         text, received = get_text(message), "".join(self.texts)
-        if message is not choice.get("delta") and received and text.startswith(received):
-            if text == received and (self.finish_reason or choice.get("finish_reason")):
+        if message is not choice.get("delta") and received.strip() and text.startswith(received.strip()):
+            if text.strip() == received.strip() and (self.finish_reason or choice.get("finish_reason")):
                 return  # all of it once more
             text = text if text == received else text.removeprefix(received)
         if text or any(message.get(field) for field in SIGNS_OF_LIFE):
@@ -179,12 +190,10 @@ class Completion:
             self.unread.append(text)
 
     def add_finish_reasons(self, reasons):
-        """Keep the finish reason of a choice, or that of the provider behind a gateway if it says something else."""
-        reason, native = map(parse_finish_reason, reasons)
-        if native and (native in ERROR_REASONS or CUT_REASON.search(native)):
-            reason = native
-        if self.finish_reason is None or self.finish_reason in COMPLETE_REASONS:
-            self.finish_reason = reason or self.finish_reason
+        """Keep the first finish reason; the first that is no natural end, such as that of a gateway's provider."""
+        for reason in filter(None, map(parse_finish_reason, reasons)):
+            if self.finish_reason is None or self.finish_reason in COMPLETE_REASONS:
+                self.finish_reason = reason
 
     def take_text(self):
         """Return the text since the last call, "" for a sign of life alone, or None if there was neither."""
@@ -194,7 +203,8 @@ class Completion:
 
     def check_end(self):
         """Raise BotError, BotRefused or BotTruncated unless the reply is complete."""
-        if self.finish_reason in ERROR_REASONS or not (self.finish_reason or (self.is_done and any(self.texts))):
+        reason = self.finish_reason or ""
+        if ERROR_REASON.search(reason) or not (reason or (self.is_done and any(self.texts))):
             raise BotError("the model broke off")
         if self.finish_reason not in (None, *COMPLETE_REASONS):
             if REFUSED.search(self.finish_reason) and not any(self.texts):
@@ -202,20 +212,27 @@ class Completion:
             raise BotTruncated(f"the model ended the reply: {self.finish_reason[:40]}")
 
 
-def is_error(name, event):
+def is_ping(text):
+    """Return whether a word says that an event is only a sign of life."""
+    return re.sub(r"\W|_", "", str(text)).lower() in PINGS
+
+
+def is_error(event):
     """Return whether an event is neither a part of a reply nor one of those that may accompany it."""
-    if re.search("error|fail|exception", name) or not isinstance(event, dict | None):
+    if not isinstance(event, dict):
         return True
-    if not event or event.get("type") in PINGS or event.get("event") in PINGS:
+    if not event or is_ping(event.get("type")) or is_ping(event.get("event")):
         return False
-    status = event["base_resp"].get("status_code") if isinstance(event.get("base_resp"), dict) else None  # MiniMax's
+    if any(ERROR_NAME.search(str(event.get(name))) for name in ("object", "type", "event", "status")):
+        return True
     fields = ERROR_FIELDS if event.get("code") in OK_CODES else (*ERROR_FIELDS, "code")
     if "code" not in event or fields is not ERROR_FIELDS:
         fields = (*fields, "message")
-    if "error" in (event.get("object"), event.get("type")) or status or any(map(event.get, fields)):
+    status = event["base_resp"].get("status_code") if isinstance(event.get("base_resp"), dict) else None  # MiniMax's
+    if status or event.get("success") is False or any(map(event.get, fields)):
         return True
-    choices = event.get("choices")
-    if isinstance(choices, list) and not all(isinstance(choice, dict | None) for choice in choices):
+    choices = event.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict | None) for choice in choices):
         return True
     return not any(field in event for field in HARMLESS_FIELDS) and not str(event.get("object")).startswith("chat.")
 
@@ -253,15 +270,17 @@ def get_text(message):
     parts = []
     for content in (message.get("content"), message.get("refusal")):
         parts += content if isinstance(content, list) else [content]
+    parts = [part for part in parts if not (isinstance(part, dict) and "think" in str(part.get("type")))]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def parse_finish_reason(reason):
-    """Return a finish reason in lower case and without details, or None while the reply is unfinished."""
-    reason = reason.get("type") if isinstance(reason, dict) else reason
-    reason = str(reason or "").lower().partition(":")[0].strip()
-    reason = reason.removeprefix("finish_reason_").removeprefix("finishreason.")
+    """Return the letters of a finish reason in lower case, without details; None while the reply is unfinished."""
+    if isinstance(reason, dict):
+        reason = reason.get("type") or reason.get("reason")
+    reason = re.sub("[^a-z]", "", str(reason or "").lower().partition(":")[0])
+    reason = reason.removeprefix("finishreason").removeprefix("stopreason")
     return None if reason in UNFINISHED_REASONS else reason
 
 
@@ -275,7 +294,7 @@ def skip_thinking(texts):
     buffer, end_tag = "", None
     for text in texts:
         buffer, end_tag = skip_think_tags(buffer + text, end_tag)
-        start = buffer.lstrip()
+        start = buffer.lstrip(BLANK).lower()
         if end_tag is None and not any(tag.startswith(start) for tag in THINK_TAGS):
             break
         yield ""
@@ -288,23 +307,24 @@ def skip_think_tags(buffer, end_tag):
     """Return the buffer without whole thinking at its beginning, and the tag that ends thinking that is not whole."""
     while True:
         if end_tag:
-            before, tag, after = buffer.partition(end_tag)
-            if not tag:
-                return before[1 - len(end_tag) :], end_tag  # what may be the first half of the tag
-            buffer, end_tag = after, None
-        start = buffer.lstrip()
-        start_tag = next((tag for tag in THINK_TAGS if start.startswith(tag)), None)
+            end = buffer.lower().find(end_tag)
+            if end < 0:
+                return buffer[1 - len(end_tag) :], end_tag  # what may be the first half of the tag
+            buffer, end_tag = buffer[end + len(end_tag) :], None
+        start = buffer.lstrip(BLANK)
+        start_tag = next((tag for tag in THINK_TAGS if start[: len(tag)].lower() == tag), None)
         if not start_tag:
             return buffer, None
-        buffer, end_tag = start.removeprefix(start_tag), THINK_TAGS[start_tag]
+        buffer, end_tag = start[len(start_tag) :], THINK_TAGS[start_tag]
 
 
 def parse_error(status, body, headers=()):
     """Return the BotError for an error response. Its message has the status, kind and length, but no word of it."""
     fields = find_error_fields(body)
-    kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code")]
-    metadata = fields.get("metadata")
-    texts = [fields.get("message"), fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    kinds = [str(fields.get(name) or "") for name in ("code", "type", "status", "status_code", "error_type")]
+    texts = [fields.get(name) for name in ("message", "detail", "error_msg", "status_msg")]
+    inner = [fields[name] for name in ("metadata", "innererror") if isinstance(fields.get(name), dict)]
+    texts += [document.get(name) for document in inner for name in ("raw", "code")]
     words = " ".join([*kinds, *(text for text in texts if isinstance(text, str))])
     if status == 200:
         status = next((int(match[0]) for match in map(ERROR_STATUS.match, (*kinds, str(texts[0]))) if match), 200)
@@ -313,14 +333,14 @@ def parse_error(status, body, headers=()):
     delay = parse_retry_delay(dict(headers), body.decode("utf-8", "replace"))
     is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY.search(words))
     is_output = fields.get("param") in ("max_tokens", "max_completion_tokens") or OUTPUT_LIMIT.search(words)
-    if match := TOO_LONG_OUTPUT.search(words):
-        is_output = int(match[2]) >= int(match[1])
+    if match := REQUESTED_OUTPUT.search(words):
+        is_output = int(match["output"] or match["output2"]) >= int(match["context"] or match["context2"])
     is_exceeded = status in CONTEXT_STATUSES and not is_busy and CONTEXT_EXCEEDED.search(words)
     if status == 413 or REQUEST_TOO_LARGE.search(words) or (is_exceeded and not is_output):
         return ContextExceeded(summary)
     if is_busy and not (NO_QUOTA.search(words) and delay is None):
         return BotBusy(summary, delay or DEFAULT_RETRY_AFTER)
-    if status in (200, 400, 403, 422) and REFUSED.search(words):
+    if status in REFUSED_STATUSES and REFUSED.search(words) and not INVALID_PARAMETER.search(words):
         return BotRefused(summary)
     return BotError(summary)
 
@@ -332,9 +352,16 @@ def find_error_fields(body):
     except BotError:
         document = body.decode("utf-8", "replace")
     error = document
-    if isinstance(document, dict):
-        error = document.get("error") or unwrap(document.get("errors")) or document
+    while isinstance(error, dict) and (inner := first_of(error, "error", "errors", "base_resp")):
+        if not isinstance(inner, dict):  # a sentence, beside which may be a kind
+            return {"message": inner, **error}
+        error = inner
     return error if isinstance(error, dict) else {"message": error}
+
+
+def first_of(fields, *names):
+    """Return the first value of these names that says something, the first item of a list."""
+    return next(filter(None, (unwrap(fields.get(name)) for name in names)), None)
 
 
 def parse_retry_delay(headers, words):
@@ -348,12 +375,12 @@ def parse_retry_delay(headers, words):
         ("x-retry-after", "s"),
     ):
         value = headers.get(name, "").strip()
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", value):
-            return limit_delay(float(value) * SECONDS[unit])
+        if match := re.fullmatch(r"([0-9]{1,9}(\.[0-9]*)?)s?", value):
+            return limit_delay(float(match[1]) * SECONDS[unit])
         with suppress(TypeError, ValueError, OverflowError):
             return limit_delay(mktime_tz(parsedate_tz(value)) - time.time())
     if match := RETRY_FIELD.search(words):
-        return limit_delay(float(match[2].strip(".") or 0) * SECONDS["ms" if match[1] else "s"])
+        return limit_delay(float(match[2].strip(".") or 0) * SECONDS["ms" if match[1] == "ms" else "s"])
     match = RETRY_DELAY.search(words)
     durations = DURATION.findall(match[1].lower()) if match else ()
     return limit_delay(sum(float(number) * SECONDS[unit] for number, unit in durations)) if durations else None

@@ -34,7 +34,8 @@ def hash_version(version):
 
 def is_not_modified(etag):
     """Return whether the client has the response with this ETag already."""
-    return any(request.if_none_match.contains_weak(f"{etag}{suffix}") for suffix in ("", "-gzip", "-br"))  # Apache's
+    suffixes = ("", "-gzip", "-br", "-zstd", "-deflate")  # that proxies such as Apache add
+    return any(request.if_none_match.contains_weak(etag + suffix) for suffix in suffixes)
 
 
 def conditional_response(body, etag, next_page=None):

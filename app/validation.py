@@ -5,6 +5,7 @@ import unicodedata
 
 import orjson
 from flask import abort, request
+from werkzeug.datastructures import MIMEAccept
 from werkzeug.routing import BaseConverter
 
 from app.database import MAX_ID
@@ -146,7 +147,7 @@ def prefers_async():
 
 def wants_stream():
     """Return whether the client prefers server-sent events to JSON; if equally, the one that it lists first."""
-    accept = request.accept_mimetypes
+    accept = MIMEAccept([(value.partition(";")[0].strip(), quality) for value, quality in request.accept_mimetypes])
     stream, json = accept["text/event-stream"], accept["application/json"]
     if stream != json:
         return stream > json

@@ -185,6 +185,7 @@ def test_users_command_with_unknown_name_returns_1(app, bob, command):
     assert bob.is_logged_in()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"\\u0410d\xe0"), ("ascii", b"\\u0410d\\xe0")])
 def test_users_commands_print_what_the_console_can_show(app, client, database, encoding, shown):
     client.signup(UNPRINTABLE)
@@ -199,6 +200,7 @@ def test_users_add_with_password_in_another_encoding_returns_1(app, database):
     assert result == (1, b"", b"Error: password must be text in utf-8\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [[NEW_PASSWORD] * 2, ["typo", NEW_PASSWORD, NEW_PASSWORD, NEW_PASSWORD]])
 def test_users_set_password_at_a_terminal_asks_twice_without_echo(app, ada, database, answers):
     status, shown = run_users_at_terminal(database, "set-password", "ada", answers=answers)

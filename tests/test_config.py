@@ -112,6 +112,7 @@ VALID = [
     ("SIGNUP", "closed", "closed"),
     ("SEND_RATE_LIMIT", "60 per hour; 300 per day", [parse("60 per hour"), parse("300 per day")]),
     ("SEND_RATE_LIMIT", "5/minute", [parse("5 per minute")]),
+    ("CORS_ORIGINS", "safari-web-extension://a-b,wails://wails", ["safari-web-extension://a-b", "wails://wails"]),
     ("CORS_ORIGINS", "tauri://localhost,capacitor://localhost", ["tauri://localhost", "capacitor://localhost"]),
     ("CORS_ORIGINS", "app://chat.Example", ["app://chat.example"]),
     ("CORS_ORIGINS", "chrome-extension://abcdefghijklmnop", ["chrome-extension://abcdefghijklmnop"]),

@@ -166,7 +166,7 @@ def test_list_with_messages_waits_for_other_long_queries_of_the_user(ada, bob, m
         return get_answer(other.get(f"/api/conversations{query}"))
 
     busy = (503, {"error": "The server is busy, try again later"})
-    assert run_long_query(list_again, ada.user_id, in_thread=False) == busy
+    assert run_long_query(list_again, ada.user_id) == busy
     assert other.get(f"/api/conversations{query}").status_code == 200
 
 

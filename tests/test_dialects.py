@@ -52,6 +52,15 @@ FAILURES = [
     event({"object": "chat.completion.chunk", "choices": [], "exception": "x"}),
     event({"FailedReason": "x"}),
     event({"choices": [], "message": {"x": 1}}),
+    event({"choices": [], "status": "failed"}),
+    event({"choices": [], "success": False}),
+    event({"choices": [], "event": "error"}),
+    event({"choices": "error"}),
+    event({"choices": {"error": "x"}}),
+    event({"choices": [{"errors": ["x"], "delta": {}}]}),
+    event({"choices": [{"message": {"error": "x"}}]}),
+    b"event: timeout\ndata: {}\n\n",
+    b"event: error\ndata: overloaded\n\n",
 ]
 HARMLESS = [
     b": ping\n\n",
@@ -91,6 +100,11 @@ HARMLESS = [
     event({"choices": [], "code": 200, "message": "OK", "usage": {}}),
     event({"type": "chat.completion.chunk", "choices": [], "usage": {}}),
     event({"event": "ping"}),
+    b"event: keep-alive\ndata: 2026\n\n",
+    b"data: keep-alive\n\n",
+    b"data: [PING]\n\n",
+    event("ping"),
+    event({"type": "keep-alive"}),
 ]
 
 
@@ -114,7 +128,10 @@ def test_harmless_event_fails_no_reply(model, harmless):
     assert ask(model) == ("Hello", None)
 
 
-NATURAL = ["stop", "STOP", "FinishReason.STOP", "eos", "end_turn", "COMPLETE", "stop_sequence", ""]
+NATURAL = [
+    *("stop", "STOP", "FinishReason.STOP", "eos", "end_turn", "COMPLETE", "stop_sequence", ""),
+    *("stop-sequence", "EndTurn", "StopReason.END_TURN", "<|im_end|>", "stopped"),
+]
 CUT = [
     *("MALFORMED_FUNCTION_CALL", "max_output_tokens", "max_length", "time_limit", "content_filtered", "refusal"),
     *("cancelled", "timeout", "incomplete", "repetition_truncation", "tool_calls", "anything"),
@@ -127,7 +144,11 @@ CUT = [
         *(({"finish_reason": reason}, type(None)) for reason in NATURAL),
         *(({"finish_reason": reason}, BotTruncated) for reason in CUT),
         ({"finish_reason": "stop", "native_finish_reason": "network_error"}, BotError),
+        ({"finish_reason": "stop", "native_finish_reason": "insufficient_system_resource"}, BotError),
         ({"finish_reason": "stop", "native_finish_reason": "MAX_TOKENS"}, BotTruncated),
+        ({"finish_reason": "stop", "native_finish_reason": "PROHIBITED_CONTENT"}, BotTruncated),
+        ({"finish_reason": {"reason": "length"}}, BotTruncated),
+        ({"done_reason": "length"}, BotTruncated),
         ({"finish_reason": "stop", "native_finish_reason": "<|im_end|>"}, type(None)),
     ],
     ids=str,
@@ -179,6 +200,21 @@ CONTEXT_OF_9 = "This model's maximum context length is 9 tokens."
         (400, "filtered due to the prompt triggering Azure OpenAI's content management policy", BotRefused),
         (400, "Content Exists Risk", BotRefused),
         (403, "Input was flagged", BotRefused),
+        (400, "The content violates our usage policies", BotRefused),
+        (451, "Content filtered", BotRefused),
+        (400, "Invalid value for 'safety_settings'", BotError),
+        (400, "Unrecognized request argument supplied: moderation", BotError),
+        (403, "This API key is prohibited from use in this country", BotError),
+        (400, f"{CONTEXT_OF_9} You requested about 59 tokens (10 of text input, 49 in the output)", BotError),
+        (
+            400,
+            "'max_tokens' is too large: 5. Context length is 9, with 8 tokens (5 > 9 - 8)",
+            BotMessageTooLong,
+        ),
+        (429, "Insufficient account balance", BotError),
+        (429, "Budget has been exceeded", BotError),
+        (429, "Rate limit reached: Limit 200. Increase it by adding a payment method", BotBusy),
+        (500, "server busy, please try again.  maximum pending requests exceeded", BotBusy),
     ],
 )
 def test_error_response_is_judged_by_its_words(model, status, message, error):
@@ -196,7 +232,11 @@ def test_error_response_is_judged_by_its_words(model, status, message, error):
         *(({name: value}, {}, 34) for name, value in {"retry_after": 34, "retry_after_ms": 34000}.items()),
         ({}, {"Retry-After-Ms": "33500"}, 34),
         ({}, {"X-Ms-Retry-After-Ms": "34000", "Retry-After": "5"}, 34),
+        ({}, {"Retry-After": "34s"}, 34),
         ({}, {"Retry-After": "soon"}, 5),
+        *(({"message": text}, {}, 34) for text in ("wait for 34 s", "retry after: 34s", "available in 34 seconds")),
+        ({"message": "try again in 1 minute and 30 seconds"}, {}, 90),
+        *(({name: 34}, {}, 34) for name in ("retry_after_seconds", "retryAfter", "retry-after")),
     ],
     ids=str,
 )
@@ -212,13 +252,29 @@ def test_parts_in_message_are_all_kept(model, texts):
 
 
 @pytest.mark.parametrize(
-    "tags", ["<think> </think>", "<thinking> </thinking>", "<thought> </thought>", "[THINK] [/THINK]"]
+    "tags",
+    [
+        *("<think> </think>", "<thinking> </thinking>", "<thought> </thought>", "[THINK] [/THINK]", "<Think> </THINK>"),
+        *("\u200b<think> </think>", "◁think▷ ◁/think▷", "<thoughts> </thoughts>"),
+    ],
 )
 def test_thinking_is_left_out_and_indentation_stays(model, tags):
     start, end = tags.split()
     model.script = [f"{start}Hm", f"{end}\n", "\n    code", "\n    more"]
     text, error = ask(model)
     assert (text.lstrip("\n"), error) == ("    code\n    more", None)
+
+
+def test_thinking_parts_are_no_text(model):
+    parts = [{"type": "thinking", "text": "Hm"}, {"type": "text", "text": "Hello"}]
+    model.script = [event({"choices": [{"delta": {"content": parts}}]})]
+    assert ask(model) == ("Hello", None)
+
+
+@pytest.mark.parametrize("delta", [{}, {"content": ""}, {"role": "assistant"}])
+def test_message_beside_an_empty_delta_is_kept(model, delta):
+    model.script = [event({"choices": [{"delta": delta, "message": {"content": text}}]}) for text in ("Hel", "lo")]
+    assert ask(model) == ("Hello", None)
 
 
 @pytest.mark.parametrize("no_proxy", ["127.0.0.0/8", "10.0.0.0/8, 127.0.0.1/32", "127.0.0.1"])

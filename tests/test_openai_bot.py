@@ -39,6 +39,11 @@ STOP = chunk({}, "stop")
 
 
 @pytest.fixture(autouse=True)
+def short_finish_timeout(monkeypatch):
+    monkeypatch.setattr("app.openai_bot.FINISH_TIMEOUT", 1)
+
+
+@pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     for name in PROXY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -147,7 +152,6 @@ def test_replies_reuse_a_connection(model):
     for _ in range(3):
         reply = bot(HISTORY)
         assert collect(reply) == ("Hello there.", None)
-        reply.close()
         reply.cancel()
     assert model.connection_count == 1
 
@@ -645,9 +649,8 @@ def test_close_of_unfinished_reply_closes_connection(model):
     reply = create_model_bot(model)(HISTORY)
     chunks = iter(reply)
     assert next(chunks) == "Hello"
-    reply.close()
+    chunks.close()
     assert model.wait_for_hang_up()
-    assert list(chunks) == []
 
 
 def test_ended_replies_leave_no_thread(model):

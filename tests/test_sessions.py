@@ -287,7 +287,8 @@ def test_cookie_of_the_server_s_key_with_another_token_or_none_is_refused(app, a
     for other_token in other_tokens:
         cookie = sign_cookie(app, {"_user_id": other_token, "_fresh": True})
         assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED), other_token
-    for session in ({}, {"user_id": 1}, {"_fresh": True}, {"username": "ada"}):
+    remember = {"_user_id": "a" * 43, "_remember": "set", "_remember_seconds": "x"}  # Flask-Login would read these
+    for session in ({}, {"user_id": 1}, {"_fresh": True}, {"username": "ada"}, remember):
         cookie = sign_cookie(app, session)
         assert get_with_cookies(app, f"chatbot_session={cookie}") == (401, LOGIN_REQUIRED), session
 

@@ -70,6 +70,10 @@ MIMETYPES = {  # by what the client accepts
     "text/event-stream, application/json;q=0.9, */*;q=0.1": "text/event-stream",
     "text/event-stream;q=0.5, application/json": "application/json",
     "text/event-stream;q=0": "application/json",
+    "text/event-stream; charset=utf-8": "text/event-stream",
+    "TEXT/EVENT-STREAM;q=0.9;charset=UTF-8, */*;q=0.1": "text/event-stream",
+    "text/event-stream; charset=utf-8, application/json": "text/event-stream",
+    "application/json; charset=utf-8, text/event-stream;q=0.5": "application/json",
 }
 
 
