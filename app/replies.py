@@ -26,7 +26,15 @@ from app.errors import (
     get_reason,
     to_http_exception,
 )
-from app.models import exchange as exchanges
+from app.models.exchange import (
+    INTERRUPTED,
+    list_in_progress,
+    read_replies,
+    set_abandoned_failed,
+    set_stopped,
+    update_ends,
+    update_texts,
+)
 from app.security import record_send
 from app.validation import is_blank
 
@@ -110,7 +118,7 @@ class Reply:
             self.is_stored = True
             self.changed.notify_all()
 
-    def correct(self, row):
+    def adopt_stored_end(self, row):
         """Set how another process ended the reply, if it did: `row` is what is stored, None if that was deleted."""
         text, status, sentence = (row.text, row.status, row.error) if row else ("", "deleted", None)
         with self.changed:
@@ -170,7 +178,7 @@ class StoredReply:
 
     def read(self):
         """Return the row of the reply. Raises NotFound if it was deleted."""
-        rows = exchanges.read_replies([self.id])
+        rows = read_replies([self.id])
         if not rows:
             raise NotFound("Conversation not found")
         return rows[self.id]
@@ -250,7 +258,7 @@ class ReplyManager:
         return reply
 
     def reserve(self, user_id):
-        """Count one more reply of a user, in progress and begun.
+        """Take one of a user's places for replies in progress, and count it for SEND_RATE_LIMIT.
 
         Raises TooManyRequests beyond MAX_CONCURRENT_REPLIES and SEND_RATE_LIMIT, ServiceUnavailable during a shutdown.
         """
@@ -289,7 +297,7 @@ class ReplyManager:
         if reply := self.replies.get(exchange.reply["id"]):
             self.end(reply, "stopped")
         else:
-            exchanges.stop_reply(exchange.reply["id"])
+            set_stopped(exchange.reply["id"])
 
     def create_title(self, history, request_id):
         """Return a title for a conversation's first exchange: the bot's, or the beginning of the first message."""
@@ -309,7 +317,7 @@ class ReplyManager:
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
             try:
-                exchanges.fail_abandoned(set(self.replies))
+                set_abandoned_failed(set(self.replies))
             except SQLAlchemyError as error:
                 self.app.logger.warning("Abandoned replies cannot be ended now: %s", get_reason(error))
 
@@ -321,7 +329,7 @@ class ReplyManager:
         while self.counts and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
-            self.end(reply, "failed", ServiceUnavailable(exchanges.INTERRUPTED, retry_after=RETRY_AFTER))
+            self.end(reply, "failed", ServiceUnavailable(INTERRUPTED, retry_after=RETRY_AFTER))
         deadline = time.monotonic() + 2  # to store them
         while self.replies and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -407,7 +415,7 @@ class ReplyManager:
             if time.monotonic() - reply.started_at > max_seconds:
                 overdue = BotTimeout(f"no end after {max_seconds} s")
                 self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
-        ids = exchanges.list_in_progress([reply.id for reply in replies])
+        ids = list_in_progress([reply.id for reply in replies])
         for reply in replies:
             if reply.id not in ids:
                 self.end(reply, "stopped")
@@ -417,17 +425,17 @@ class ReplyManager:
         now = time.monotonic()
         texts = {reply: reply.get_text() for reply in list(self.replies.values()) if reply.is_to_be_saved(now)}
         if texts:
-            exchanges.save_growth({reply.id: text for reply, text in texts.items()})
+            update_texts({reply.id: text for reply, text in texts.items()})
         for reply, text in texts.items():
             reply.saved_length, reply.saved_at = len(text), now
 
     def store_ended(self, replies):
         """Store how replies ended, and tell their followers. What another process has stored before stays."""
         rows = [(reply.id, reply.get_text(), *reply.get_end()) for reply in replies]
-        if not exchanges.save_ends(rows):
-            stored = exchanges.read_replies([reply.id for reply in replies])
+        if not update_ends(rows):
+            stored = read_replies([reply.id for reply in replies])
             for reply in replies:
-                reply.correct(stored.get(reply.id))
+                reply.adopt_stored_end(stored.get(reply.id))
         for reply in replies:
             del self.replies[reply.id]
             self.release(reply.exchange.user_id)

@@ -28,7 +28,7 @@ class OrjsonProvider(JSONProvider):
 
 
 def hash_version(version):
-    """Return the ETag of what changes whenever a response does: a text, or a list of ids and timestamps."""
+    """Return a hash of a value that changes whenever a response does, as its ETag."""
     return hashlib.blake2b(orjson.dumps(version), digest_size=16).hexdigest()
 
 

@@ -1,7 +1,6 @@
 """The production server: gunicorn, as a custom application, with gevent workers."""
 
 import gc
-import json
 import socket
 import ssl
 import sys
@@ -14,6 +13,7 @@ from gunicorn import glogging
 from gunicorn.app.base import Application
 from gunicorn.http import errors
 from gunicorn.sock import ssl_context
+from gunicorn.util import write_error
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -32,12 +32,6 @@ REFUSALS = {
     errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
     errors.UnsupportedTransferCoding: HTTPStatus.NOT_IMPLEMENTED,
 }
-REFUSAL = """HTTP/1.1 {0.value} {0.phrase}\r
-Connection: close\r
-Content-Type: application/json\r
-Content-Length: {1}\r
-\r
-{2}"""
 
 
 class Logger(glogging.Logger):
@@ -81,8 +75,7 @@ class Worker(GeventWorker):
         self.log.warning("Invalid request from %s: %s", addr[0] if addr else "-", type(exc).__name__)
         status = REFUSALS.get(type(exc), HTTPStatus.BAD_REQUEST)
         with suppress(OSError):
-            body = json.dumps({"error": status.phrase})
-            client.sendall(REFUSAL.format(status, len(body), body).encode())
+            write_error(client, status.value, status.phrase, "")
 
     def handle_exit(self, sig, frame):
         """Handle SIGTERM: followers read how their replies ended before the connections are closed."""

@@ -36,7 +36,7 @@ class Conversation(db.Model):
     name: Mapped[str] = mapped_column(String(255))
     user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
-    # The last send, edit or change of the branch, see touch() of exchange.py; growth and ends of replies leave it.
+    # The last send, edit or change of the branch, see lock_conversation() in exchange.py; replies leave it.
     updated_at: Mapped[datetime] = mapped_column(default=lambda context: context.get_current_parameters()["created_at"])
     archived_at: Mapped[datetime | None]
     title_requested_at: Mapped[datetime | None]  # while a title is generated, by the database's clock

@@ -43,11 +43,11 @@ SELECT_HISTORY = (
     .order_by(messages.c.id.desc())
     .limit(MAX_HISTORY_MESSAGES)
 )
-IS_OWN_REPLY = (messages.c.id == bindparam("reply_id")) & (messages.c.status == "in_progress")
-SAVE_GROWTH = update(messages).where(IS_OWN_REPLY).values(text=bindparam("new_text"), heartbeat_at=database_now())
-SAVE_END = (
+IS_IN_PROGRESS = (messages.c.id == bindparam("reply_id")) & (messages.c.status == "in_progress")
+UPDATE_TEXT = update(messages).where(IS_IN_PROGRESS).values(text=bindparam("new_text"), heartbeat_at=database_now())
+UPDATE_END = (
     update(messages)
-    .where(IS_OWN_REPLY)
+    .where(IS_IN_PROGRESS)
     .values(text=bindparam("new_text"), status=bindparam("new_status"), error=bindparam("new_error"), heartbeat_at=None)
 )
 
@@ -78,14 +78,14 @@ class Exchange:
 
     @classmethod
     def add(cls, conversation_id, user_id, text, key=None):
-        """Add a question after the last current message, and an empty reply; call touch() before."""
+        """Add a question after the last current message, and an empty reply; call lock_conversation() before."""
         values = {"of_conversation_id": conversation_id, "idempotency_key": key}
         question = insert_message(APPEND_MESSAGE, conversation_id, "user", text, **values)
         return cls.add_reply(conversation_id, user_id, question)
 
     @classmethod
     def edit(cls, message, user_id, text, key=None):
-        """Add another version of a question, and an empty reply, as the current ones; call touch() before.
+        """Add another version of a question, and an empty reply, as the current ones; call lock_conversation() before.
 
         With the same text, only the reply is added, which then has the key.
         """
@@ -131,7 +131,7 @@ class Exchange:
         return history[::-1]
 
 
-def touch(conversation_id, user_id):
+def lock_conversation(conversation_id, user_id):
     """Lock the user's conversation and record that its messages change; return False if there is none.
 
     An archived conversation comes back.
@@ -148,20 +148,20 @@ def insert_message(statement, conversation_id, sender, text, status="complete", 
     return message_to_dict(id, sender, text, now, status)
 
 
-def save_growth(texts):
+def update_texts(texts):
     """Save the texts, by id, of replies in progress, with a heartbeat; commit."""
-    db.session.execute(SAVE_GROWTH, [{"reply_id": id, "new_text": text} for id, text in sorted(texts.items())])
+    db.session.execute(UPDATE_TEXT, [{"reply_id": id, "new_text": text} for id, text in sorted(texts.items())])
     db.session.commit()
 
 
-def save_ends(rows):
+def update_ends(rows):
     """Save how replies ended: rows of (id, text, status, error); commit.
 
     Returns whether all of them were in progress; those that were not, because another process ended or deleted them,
     are left as they are.
     """
     values = [dict(zip(("reply_id", "new_text", "new_status", "new_error"), row, strict=True)) for row in sorted(rows)]
-    count = db.session.execute(SAVE_END, values).rowcount
+    count = db.session.execute(UPDATE_END, values).rowcount
     db.session.commit()
     return count == len(rows)
 
@@ -180,15 +180,15 @@ def list_in_progress(ids):
         return set(connection.scalars(query))
 
 
-def stop_reply(id):
+def set_stopped(id):
     """Stop a reply if it is in progress; commit. The process that generates it notices that within a second."""
     is_in_progress = (Message.id == id) & (Message.status == "in_progress")
     db.session.execute(update(Message).where(is_in_progress).values(status="stopped", heartbeat_at=None))
     db.session.commit()
 
 
-def fail_abandoned(own_ids):
-    """End the replies whose process was killed, which those of this process were not; commit."""
+def set_abandoned_failed(own_ids):
+    """End the replies of other processes that had no heartbeat for HEARTBEAT_TIMEOUT; commit."""
     is_abandoned = (Message.status == "in_progress") & (Message.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT))
     with autocommit(db.engine).connect() as connection:
         ids = set(connection.scalars(select(Message.id).where(is_abandoned))) - own_ids

@@ -109,7 +109,7 @@ class Message(db.Model):
 
     @classmethod
     def show_branch(cls, conversation_id, message_id):
-        """Make the branch of a message the current one; call touch() before."""
+        """Make the branch of a message the current one; call lock_conversation() before."""
         differs = cls.is_current != cls.id.in_(cls.select_branch(message_id))
         change = update(cls).where(cls.conversation_id == conversation_id, differs).values(is_current=~cls.is_current)
         db.session.execute(change, execution_options={"synchronize_session": False})

@@ -19,7 +19,7 @@ from app import db
 from app.database import MAX_ID, fold_case, format_timestamp
 from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
-from app.models.exchange import Exchange, touch
+from app.models.exchange import Exchange, lock_conversation
 from app.replies import exchange_to_list
 from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
 from app.threads import holding, run_long_query
@@ -148,7 +148,7 @@ def get_cursor():
 
 
 def get_next_page(last, order):
-    """Return the query parameters of the page after the one that a conversation is the last of."""
+    """Return the query parameters of the next page, given the last conversation of this one."""
     if not order:
         return {"before": last.id}
     return {"cursor": f"{last.updated_at.isoformat()} {last.id}"}
@@ -166,7 +166,7 @@ def conversation_to_dict(row, has_details=True):
 
 
 def get_details(conversation):
-    """Return what the API shows of a conversation where a client has asked for more than what is documented."""
+    """Return what the API shows of a conversation that is requested alone, or with parameters of a list."""
     return {
         "archived": conversation.archived,
         "created_at": format_timestamp(conversation.created_at),
@@ -264,7 +264,7 @@ def get_conversation_or_404(conversation_id):
 def show_branch(conversation_id):
     """Show the branch of a message: of several versions, this one and what followed it."""
     message_id, with_versions = get_int("message_id"), get_versions_arg()
-    touch_conversation_or_404(conversation_id)
+    lock_conversation_or_404(conversation_id)
     message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
     Message.show_branch(conversation_id, message.id)
     db.session.commit()
@@ -385,13 +385,13 @@ def sending(conversation_id):
     Sends of this process take turns before they do in the database, where each that waits would hold a connection.
     """
     with holding(send_locks.setdefault((current_user.id, conversation_id), Lock())):
-        touch_conversation_or_404(conversation_id)
+        lock_conversation_or_404(conversation_id)
         yield
 
 
-def touch_conversation_or_404(conversation_id):
+def lock_conversation_or_404(conversation_id):
     """Lock the current user's conversation to change its messages; abort with 404 if it is missing or another's."""
-    if not touch(conversation_id, current_user.id):
+    if not lock_conversation(conversation_id, current_user.id):
         abort(404, "Conversation not found")
 
 

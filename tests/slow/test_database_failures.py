@@ -307,7 +307,7 @@ def test_database_file_that_cannot_be_written_stops_start_with_one_line(tmp_path
 
 
 @sqlite_only
-def test_read_only_database_file_can_be_read_and_recovers(database, obey_permissions):
+def test_read_only_database_file_can_be_read(database, obey_permissions):
     path = Path(database.removeprefix("sqlite:///"))
     with run_server(database) as server, server.create_logged_in_client("ada") as ada:
         conversation_id, cookie = ada.create_conversation(), ada.cookie
@@ -319,9 +319,6 @@ def test_read_only_database_file_can_be_read_and_recovers(database, obey_permiss
             assert ada.list_messages(conversation_id)[0]["text"] == "Hello"
             assert is_unavailable(ada.send_message(conversation_id))
             assert is_unavailable(ada.signup("bob"))
-        path.chmod(0o644)
-        seconds, _ = measure(wait_until, lambda: is_healthy(server, ada, conversation_id))
-        record_measurement("seconds until writing works again", seconds)
         assert "Traceback" not in server.output
 
 

@@ -92,7 +92,6 @@ def test_malformed_request_is_refused(server, data, status):
     response = exchange(connect(server.port), data)
     assert response.status == status
     assert response.headers["Connection"] == "close"
-    assert list(response.json) == ["error"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import inspect
 
 from app import db
-from app.models.exchange import fail_abandoned
+from app.models.exchange import set_abandoned_failed
 from tests.helpers.data import add_conversations, execute, get_items, get_next_url
 from tests.helpers.queries import BODY, REQUESTS, explain, record_queries
 
@@ -48,7 +48,7 @@ def explain_requests(app, client, id):
         plans[name] = explain_queries(app, queries)
         client.login("ada")
     with record_queries(app) as queries, app.app_context():
-        fail_abandoned(set())
+        set_abandoned_failed(set())
     plans["sweep of abandoned replies"] = explain_queries(app, queries)
     return plans
 
