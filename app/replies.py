@@ -136,11 +136,11 @@ class Reply:
             chunks, is_over = self.wait_for_chunks(count)
             count += len(chunks)
             text = "".join(chunks)
-            skipped, offset = offset, max(0, offset - len(text))
-            if text[skipped:]:
-                yield text[skipped:]
+            if text[offset:]:
+                yield text[offset:]
             elif not text and not is_over:
                 yield None
+            offset = max(0, offset - len(text))
         with self.changed:
             if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
                 raise database_unavailable()
@@ -248,7 +248,7 @@ class ReplyManager:
         except BaseException:
             self.release(exchange.user_id)
             raise
-        reply = Reply(exchange, request_id)
+        reply = Reply(exchange, request_id)  # until it is in the dict, another request finds its row, which is enough
         with self.lock:
             self.replies[reply.id] = reply
             if not self.is_saving:
@@ -388,7 +388,7 @@ class ReplyManager:
             except Exception as error:
                 self.log_delay(error)
                 time.sleep(SAVE_INTERVAL)
-            with self.lock:
+            with self.lock:  # in which start() adds a reply
                 self.is_saving = is_woken or bool(self.replies)
 
     def log_delay(self, error):

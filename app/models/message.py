@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SNIPPET_CONTEXT = 60  # characters before and after the match of a search
 
-# A user's message is always complete. A reply begins in progress, and no other status ever changes: the process that
+# A user's message is always complete. A reply begins in progress, and each other status is final: the process that
 # generates the reply sets complete, truncated, stopped or failed; any process may set stopped, and failed after
 # HEARTBEAT_TIMEOUT without a heartbeat.
 STATUSES = ("complete", "in_progress", "stopped", "failed", "truncated")
