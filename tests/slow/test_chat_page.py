@@ -183,7 +183,8 @@ def test_page_stops_a_reply(chat, is_reloaded):
         chat.page.reload()
         chat.wait_for("output", "streaming")
     chat.click("Stop")
-    assert chat.wait_for_stored_status("stopped").startswith("1 2")
+    stored = chat.wait_for_stored_status("stopped")  # if by another process, what was saved a second ago
+    assert "".join(f"{number} " for number in range(1, 61)).startswith(stored)
 
 
 @on_sqlite
