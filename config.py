@@ -21,6 +21,7 @@ from werkzeug.security import generate_password_hash
 ENV_FILE = Path(__file__).with_name(".env")
 MIN_SECRET_KEY_LENGTH = 32
 DEFAULT_PORTS = {"http": 80, "https": 443}
+QUOTED = re.compile(r"""\A(["'])((?:(?!\1).)*)\1\Z""", re.DOTALL)  # as `docker --env-file` passes values on
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 APP_SCHEMES = (  # of pages within apps
     *("app", "capacitor", "capacitor-electron", "chrome-extension", "electron", "ionic", "moz-extension"),
@@ -379,5 +380,6 @@ def load_values():
         paths = [find_dotenv(name, usecwd=True) for name in (".flaskenv", ".env")]
         added = {name: value for path in paths if path for name, value in dotenv_values(path).items()}
     environ = {name: value for name, value in os.environ.items() if name not in added or added[name] != value}
+    environ = {name: QUOTED.sub(r"\2", value.strip()) for name, value in environ.items()}
     values = read_env_file() | environ
     return {name: values[name] for name in SETTINGS if values.get(name)}

@@ -339,6 +339,22 @@ def test_invalid_value_in_file_is_refused_unless_overridden(monkeypatch, env_fil
     assert load_config()["PORT"] == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "model"),
+    [
+        ('"llama"', "llama"),
+        (" 'llama'\r", "llama"),
+        ('""', ""),
+        ('"a" or "b"', '"a" or "b"'),
+        ('"', '"'),
+        ("'a\"", "'a\""),
+    ],
+)
+def test_quotes_around_an_environment_variable_do_not_count(monkeypatch, value, model):
+    monkeypatch.setenv("BOT_MODEL", value)
+    assert load_config()["BOT_MODEL"] == model
+
+
 def test_empty_variable_hides_the_file(monkeypatch, env_file):
     env_file.write_text("PORT=1\n")
     monkeypatch.setenv("PORT", "")
