@@ -199,7 +199,9 @@ def ask(config):
     reply = create_bot(config)([("user", "Hello")])
     reader = gevent.spawn(collect, reply)
     if config["CANCEL"]:
-        gevent.sleep(0.3)
+        while not reply.sock:
+            gevent.sleep(0.01)
+        gevent.sleep(0.3)  # until the request is sent
         reply.cancel()
     text, error = reader.get(timeout=60)
     return text, error and type(error).__name__
