@@ -1,5 +1,7 @@
 """POST /api/conversations/<id>/title: a conversation is named after its first exchange."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from app.bot import BotError
@@ -44,6 +46,17 @@ def request_title(client, id):
     """Return the status and the name or the error."""
     response = client.post(f"/api/conversations/{id}/title")
     return response.status_code, response.json.get("name", response.json.get("error"))
+
+
+@contextmanager
+def request_in_background(chat, gate, calls=None):
+    """Let a bot generate a title during the block, and note its calls; yield the client, the id and the result."""
+    calls = [] if calls is None else calls
+    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
+    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
+        wait_until(lambda: calls)
+        yield client, id, title
+        gate.set()
 
 
 def get_name(client, id):
@@ -100,35 +113,24 @@ def test_title_of_an_empty_conversation_returns_409(ada, conversation_id):
 
 
 def test_name_that_is_changed_while_a_title_is_generated_stays(chat, gate):
-    calls = []
-    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
-    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
-        wait_until(lambda: calls)
+    with request_in_background(chat, gate) as (client, id, title):
         client.put(f"/api/conversations/{id}", json={"name": "Mine"})
-        gate.set()
     assert title.result() == (200, "Mine")
     assert get_name(client, id) == "Mine"
 
 
 def test_second_request_while_a_title_is_generated_returns_409_and_does_not_call_the_bot(chat, gate):
     calls = []
-    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
-    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
-        wait_until(lambda: calls)
+    with request_in_background(chat, gate, calls) as (client, id, title):
         assert request_title(client, id) == (409, "A title of this conversation is being generated")
-        gate.set()
     assert title.result() == (200, "Maps")
     assert calls == [1]
     assert request_title(client, id) == (200, "Maps")
 
 
 def test_title_of_a_conversation_that_is_deleted_meanwhile_returns_404(chat, gate):
-    calls = []
-    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
-    with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
-        wait_until(lambda: calls)
+    with request_in_background(chat, gate) as (client, id, title):
         assert client.delete(f"/api/conversations/{id}").status_code == 204
-        gate.set()
     assert title.result() == (404, "Conversation not found")
 
 
