@@ -305,6 +305,7 @@ FIXED = {
     "CORS_VARY_HEADER": False,  # app/hooks.py sets Vary for every response
     "MAX_CONTENT_LENGTH": 2**21,  # a message of 100,000 emoji takes 1.2 MB if each is written as two escapes
     "PERMANENT_SESSION_LIFETIME": timedelta(days=400),  # browsers keep no cookie longer; the database ends sessions
+    "REMEMBER_COOKIE_NAME": None,  # Flask-Login's other cookie is not read
     "SESSION_COOKIE_HTTPONLY": True,
     "SESSION_COOKIE_NAME": "chatbot_session",  # not Flask's default, which other apps on the host use
     "SESSION_COOKIE_PATH": "/",

@@ -42,7 +42,7 @@ def create_app(config=None, bot=None):
     `config`: a mapping of settings that take precedence over the environment. `bot`: a function that replies in place
     of the one that the settings choose, see app/bot.py. Raises ConfigError if a setting is invalid.
     """
-    from app import cli, errors, hooks
+    from app import cli, errors, hooks, security
     from app.responses import OrjsonProvider
     from app.routes import auth, chat, docs
     from app.validation import IdConverter
@@ -56,7 +56,7 @@ def create_app(config=None, bot=None):
     if proxies := app.config["TRUSTED_PROXIES"]:
         app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies, x_prefix=proxies)
     init_extensions(app, bot)
-    for module in (errors, hooks, cli):
+    for module in (errors, hooks, security, cli):
         module.init_app(app)
     for module in (auth, chat, docs):
         app.register_blueprint(module.bp)
@@ -67,7 +67,6 @@ def init_extensions(app, bot):
     """Set up the extensions. Raises ConfigError if the folder of a SQLite file or the bot cannot be used."""
     from app.bot import create_bot
     from app.replies import ReplyManager
-    from app.security import rate_limiter
 
     app.config.update(engine_options(app.config["DATABASE_URL"]))
     try:
@@ -79,5 +78,6 @@ def init_extensions(app, bot):
         raise ConfigError(str(error)) from None
     with app.app_context():
         configure_engine(db.engine)
-    for extension in (migrate, login_manager, cors, rate_limiter):
+
+    for extension in (migrate, login_manager, cors):
         extension.init_app(app)

@@ -21,15 +21,23 @@ MAX_QUOTE_LENGTH = 80
 
 
 class BotError(Exception):
-    """The bot failed. The message is for the log and contains no text of a conversation."""
+    """The bot failed. The message is for the log and contains no text of a conversation; clients get the sentence."""
+
+    status = 502
+    sentence = "The bot failed to answer"
 
 
 class BotTimeout(BotError):
     """The model produced nothing for BOT_TIMEOUT seconds."""
 
+    status = 504
+    sentence = "The bot took too long to answer"
+
 
 class BotBusy(BotError):
     """The model is busy; a retry after `retry_after` seconds may succeed."""
+
+    sentence = "The bot is busy, try again later"
 
     def __init__(self, message, retry_after):
         super().__init__(message)
@@ -39,6 +47,9 @@ class BotBusy(BotError):
 class BotRefused(BotError):
     """The model refuses to answer the message."""
 
+    status = 422
+    sentence = "The bot refuses to answer this message"
+
 
 class BotTruncated(BotError):
     """The model ended the reply at a limit. Raised after the last chunk."""
@@ -46,6 +57,9 @@ class BotTruncated(BotError):
 
 class BotMessageTooLong(BotError):
     """The new message alone does not fit the model's context."""
+
+    status = 413
+    sentence = "The message is too long for the bot"
 
 
 def create_bot(config):

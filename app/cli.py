@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import click
-from flask import current_app
 from flask.cli import AppGroup, with_appcontext
 from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -156,7 +155,7 @@ def read_password():
         password.encode()
     except UnicodeError:
         raise click.ClickException(f"password must be text in {sys.stdin.encoding}") from None
-    return check_value(check_new_password, "password", password, current_app.config["PASSWORD_MIN_LENGTH"])
+    return check_value(check_new_password, "password", password)
 
 
 def check_value(check, *args):

@@ -1,6 +1,5 @@
 """Column types, SQL functions and connection setup for SQLite and PostgreSQL."""
 
-import os
 import sqlite3
 import time
 import traceback
@@ -9,13 +8,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 
 from flask import has_request_context, request
 from flask_sqlalchemy.session import Session as FlaskSession
 from sqlalchemy import BigInteger, Boolean, DateTime, Integer, MetaData, Text, event, func, literal_column, text
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, registry
 from sqlalchemy.sql.functions import FunctionElement
@@ -117,60 +115,38 @@ def json_array(column):
     return "[" + func.coalesce(func.aggregate_strings(column, ","), "") + "]"
 
 
-class iso8601(FunctionElement):
+class Template(FunctionElement):
+    """An SQL expression of which each database has its own template: `{0}` stands for the first argument."""
+
+
+@compiles(Template)
+def compile_template(element, compiler, **kw):
+    template = getattr(element, compiler.dialect.name)
+    return template.format(*(compiler.process(clause, **kw) for clause in element.clauses))
+
+
+class iso8601(Template):
     """`iso8601(column)` is the text of a timestamp as the API shows it, such as 2026-01-31T12:00:00.000000Z."""
 
     type = Text()
     inherit_cache = True
+    sqlite = "{0}"
+    postgresql = """to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 
 
-@compiles(iso8601, "sqlite")
-def compile_iso8601_for_sqlite(element, compiler, **kw):
-    return compiler.process(element.clauses, **kw)
-
-
-@compiles(iso8601, "postgresql")
-def compile_iso8601_for_postgresql(element, compiler, **kw):
-    timestamp = compiler.process(element.clauses, **kw)
-    return f"""to_char({timestamp} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-
-
-def format_timestamp(timestamp):
-    """Return an aware datetime as iso8601() does."""
-    return timestamp.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-class database_now(FunctionElement):
+class database_now(Template):
     """`database_now(seconds)` is the time so many seconds from now by the database's clock, which all servers share."""
 
     type = Timestamp
     inherit_cache = True
+    sqlite = "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now', {0} || ' seconds')"
+    postgresql = "clock_timestamp() + make_interval(secs => {0})"
 
     def __init__(self, seconds=0):
         super().__init__(literal_column(str(seconds)))
 
 
-@compiles(database_now, "sqlite")
-def compile_database_now_for_sqlite(element, compiler, **kw):
-    return f"strftime('%Y-%m-%dT%H:%M:%f000Z', 'now', {compiler.process(element.clauses, **kw)} || ' seconds')"
-
-
-@compiles(database_now, "postgresql")
-def compile_database_now_for_postgresql(element, compiler, **kw):
-    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
-
-
-def fold_case(value):
-    """Return a text as searches compare it: in NFC and without differences of case.
-
-    str.casefold() has no equivalent in PostgreSQL; this has, see compile_contains_for_postgresql().
-    """
-    if value.isascii():
-        return value.lower()
-    return unicodedata.normalize("NFC", value).upper().lower().replace("ς", "σ")
-
-
-class contains(FunctionElement):
+class contains(Template):
     """`contains(column, folded)` tells whether a column has a text, in any case; `folded` comes from fold_case().
 
     The time is linear in the length of the column, unlike that of LIKE.
@@ -178,19 +154,20 @@ class contains(FunctionElement):
 
     type = Boolean()
     inherit_cache = True
+    sqlite = "(instr(fold_case({0}), {1}) > 0)"
+    postgresql = """(strpos(translate(lower(upper(normalize({0}, NFC) COLLATE "und-x-icu")), 'ς', 'σ'), {1}) > 0)"""
 
 
-@compiles(contains, "sqlite")
-def compile_contains_for_sqlite(element, compiler, **kw):
-    column, folded = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"(instr(fold_case({column}), {folded}) > 0)"
+def fold_case(value):
+    """Return a text as searches compare it, in NFC and without differences of case: what contains() does in SQL."""
+    if value.isascii():
+        return value.lower()
+    return unicodedata.normalize("NFC", value).upper().lower().replace("ς", "σ")
 
 
-@compiles(contains, "postgresql")
-def compile_contains_for_postgresql(element, compiler, **kw):
-    column, folded = (compiler.process(clause, **kw) for clause in element.clauses)
-    upper = f"""upper(normalize({column}, NFC) COLLATE "und-x-icu")"""
-    return f"(strpos(translate(lower({upper}), 'ς', 'σ'), {folded}) > 0)"
+def format_timestamp(timestamp):
+    """Return an aware datetime as iso8601() does."""
+    return timestamp.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def partial_index(condition):
@@ -261,34 +238,11 @@ def retry_while_locked(func, exception, timeout=SQLITE_LOCK_TIMEOUT):
         try:
             return func()
         except exception as error:
-            if not is_locked(error) or time.monotonic() > deadline:
+            code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
+            if code & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
         time.sleep(delay)
         delay = min(delay * 2, 0.02)
-
-
-def is_locked(error):
-    """Return whether an error of SQLite's says that another connection is writing."""
-    original = getattr(error, "orig", error)
-    return getattr(original, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def is_answering(engine, timeout):
-    """Return whether the database answers within some seconds; on SQLite, whether its file still exists."""
-    if engine.dialect.name == "sqlite" and not os.path.exists(engine.url.database):
-        return False  # an open connection can still read a deleted file
-    answers = []
-    query = Thread(target=ping, args=[engine, answers], daemon=True)
-    query.start()
-    query.join(timeout)
-    return bool(answers)
-
-
-def ping(engine, answers):
-    """Add to a list if the database has the tables of this program and answers."""
-    with suppress(SQLAlchemyError), autocommit(engine).connect() as connection:
-        connection.exec_driver_sql('SELECT id FROM "user" LIMIT 1')
-        answers.append(True)
 
 
 def is_missing_table(error):

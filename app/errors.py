@@ -3,18 +3,9 @@
 from flask import current_app
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
-from werkzeug.exceptions import (
-    BadGateway,
-    GatewayTimeout,
-    HTTPException,
-    InternalServerError,
-    NotFound,
-    RequestEntityTooLarge,
-    ServiceUnavailable,
-    UnprocessableEntity,
-)
+from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable, default_exceptions
 
-from app.bot import BotBusy, BotError, BotMessageTooLong, BotRefused, BotTimeout
+from app.bot import BotBusy, BotError
 from app.database import format_traceback, is_missing_table
 
 RETRY_AFTER = 2  # seconds after which clients may try again when the database or the server is busy
@@ -65,8 +56,10 @@ def to_http_exception(error):
     """Return the HTTPException that clients get for any exception; for a bug it is a 500."""
     if isinstance(error, HTTPException):
         return error
+    if isinstance(error, BotBusy):
+        return ServiceUnavailable(error.sentence, retry_after=error.retry_after)
     if isinstance(error, BotError):
-        return bot_exception(error)
+        return default_exceptions[error.status](error.sentence)
     if isinstance(error, StaleDataError):  # another request deleted the conversation just before
         return NotFound("Conversation not found")
     if isinstance(error, exc.SQLAlchemyError) and database_error_message(error):
@@ -87,19 +80,6 @@ def log_error(error):
 def database_unavailable():
     """Return the HTTPException of a request that the database cannot answer now."""
     return ServiceUnavailable("The database is unavailable, try again later", retry_after=RETRY_AFTER)
-
-
-def bot_exception(error):
-    """Return the HTTPException that clients get for a BotError."""
-    if isinstance(error, BotTimeout):
-        return GatewayTimeout("The bot took too long to answer")
-    if isinstance(error, BotBusy):
-        return ServiceUnavailable("The bot is busy, try again later", retry_after=error.retry_after)
-    if isinstance(error, BotMessageTooLong):
-        return RequestEntityTooLarge("The message is too long for the bot")
-    if isinstance(error, BotRefused):
-        return UnprocessableEntity("The bot refuses to answer this message")
-    return BadGateway("The bot failed to answer")
 
 
 def get_reason(error):

@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import math
+import re
 import time
 import unicodedata
 from functools import cached_property
@@ -11,6 +12,7 @@ from flask import current_app, request
 from limits.storage import MemoryStorage, storage_from_string
 from limits.strategies import MovingWindowRateLimiter
 from werkzeug.exceptions import TooManyRequests
+from werkzeug.local import LocalProxy
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from app.threads import run_in_threadpool
@@ -21,6 +23,11 @@ STORAGE_LOG_INTERVAL = 60  # seconds
 STORAGE_UNAVAILABLE = "RATE_LIMIT_STORAGE is unavailable (%s): each process counts for itself"
 TOO_MANY_ATTEMPTS = "Too many attempts, try again later"
 TIME_UNITS = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
+
+
+def init_app(app):
+    """Set up the rate limits of an application."""
+    app.extensions["rate_limiter"] = RateLimiter(app.config["RATE_LIMIT_STORAGE"])
 
 
 def hash_password(password):
@@ -90,12 +97,9 @@ def log_failed_login(username, user):
 def client_address():
     """Return the client's address without a port; for IPv6 its /64 network, which one client may use as a whole."""
     address = request.remote_addr or ""
-    if address.startswith("["):
-        host = address[1:].partition("]")[0]
-    else:
-        host = address.partition(":")[0] if address.count(":") == 1 else address
+    with_port = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", address)  # as some proxies write it
     try:
-        ip = ipaddress.ip_address(host)
+        ip = ipaddress.ip_address(with_port[1] or with_port[2] if with_port else address)
     except ValueError:
         return address
     if ip.version == 4:
@@ -125,11 +129,12 @@ def format_retry(seconds):
 
 
 class RateLimiter:
-    """An extension that limits how often something is done. Each app counts in its own RATE_LIMIT_STORAGE."""
+    """Limits how often something is done. It counts in a storage, or in this process while the storage fails."""
 
-    def init_app(self, app):
-        """Set up the counting of an app."""
-        app.extensions["rate_limiter"] = FallbackLimiter(app.config["RATE_LIMIT_STORAGE"])
+    def __init__(self, url):
+        self.url = url
+        self.retry_at = 0  # by time.monotonic(); 0 while the storage works
+        self.log_at = 0
 
     def check(self, limit, *key, message=TOO_MANY_ATTEMPTS):
         """Abort with 429 if the limit is used up; in the message, `{retry}` stands for when to try again."""
@@ -141,20 +146,10 @@ class RateLimiter:
 
     def abort_unless(self, is_allowed, limit, key, message):
         """Abort with 429 unless a method of MovingWindowRateLimiter returns True for the limit."""
-        limiter = current_app.extensions["rate_limiter"]
-        if not limiter.call(is_allowed, limit, *key):
-            reset_time = limiter.call(MovingWindowRateLimiter.get_window_stats, limit, *key).reset_time
+        if not self.call(is_allowed, limit, *key):
+            reset_time = self.call(MovingWindowRateLimiter.get_window_stats, limit, *key).reset_time
             seconds = max(1, math.ceil(reset_time - time.time()))
             raise TooManyRequests(message.format(retry=format_retry(seconds)), retry_after=seconds)
-
-
-class FallbackLimiter:
-    """A limiter that counts in a storage, or in this process while the storage fails."""
-
-    def __init__(self, url):
-        self.url = url
-        self.retry_at = 0  # by time.monotonic(); 0 while the storage works
-        self.log_at = 0
 
     @cached_property
     def local(self):
@@ -190,9 +185,8 @@ class FallbackLimiter:
             self.retry_at = time.monotonic() + STORAGE_RETRY_INTERVAL
             if now >= self.log_at:
                 self.log_at = now + STORAGE_LOG_INTERVAL
-                kind = type(error.__cause__ or error).__name__
-                current_app.logger.warning(STORAGE_UNAVAILABLE, kind)
+                current_app.logger.warning(STORAGE_UNAVAILABLE, type(error.__cause__ or error).__name__)
             return method(self.local, limit, *key)
 
 
-rate_limiter = RateLimiter()
+rate_limiter = LocalProxy(lambda: current_app.extensions["rate_limiter"])

@@ -1,20 +1,15 @@
 """The production server: gunicorn, as a custom application, with gevent workers."""
 
 import gc
+import re
 import socket
-import ssl
 import sys
-from contextlib import suppress
 from functools import partial
-from http import HTTPStatus
 
 import gevent
-from flask.logging import default_handler
 from gunicorn import glogging
 from gunicorn.app.base import Application
-from gunicorn.http import errors
 from gunicorn.sock import ssl_context
-from gunicorn.util import write_error
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
@@ -27,16 +22,10 @@ SEND_BUFFER = 2**18  # bytes: the kernel lets go on when a third is sent, which 
 CONNECTION_MARGIN = 3  # seconds before the master kills a worker at which it closes the connections still open
 REPLY_TIMEOUT = 8  # seconds that replies in progress have after SIGTERM
 EVENT_LOOP_TURN = 1e-6  # seconds; without that pause, the mean latency of eight clients rises from 5 to 50 ms
-REFUSALS = {
-    errors.LimitRequestLine: HTTPStatus.REQUEST_URI_TOO_LONG,
-    errors.LimitRequestHeaders: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-    errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
-    errors.UnsupportedTransferCoding: HTTPStatus.NOT_IMPLEMENTED,
-}
 
 
 class Logger(glogging.Logger):
-    """Gunicorn's log in the format of LOG_FORMAT; a client that is too slow is no error of the server's."""
+    """Gunicorn's log in the format of LOG_FORMAT."""
 
     log_format = "text"
 
@@ -46,7 +35,12 @@ class Logger(glogging.Logger):
             for handler in [*self.error_log.handlers, *self.access_log.handlers]:
                 handler.setFormatter(create_formatter("json"))
 
+    def warning(self, msg, *args, **kwargs):
+        """Log a warning without what a malformed request has, as it may be a password."""
+        super().warning(re.sub(r"(?s)(Invalid request from ip=\S*): .*", r"\1", msg), *args, **kwargs)
+
     def exception(self, msg, *args, **kwargs):
+        """Log an exception; a client that is too slow is no error of the server's."""
         if isinstance(sys.exc_info()[1], TimeoutError):
             self.info("A client sent or took nothing for %d seconds", CLIENT_TIMEOUT)
         else:
@@ -69,29 +63,16 @@ class Worker(GeventWorker):
         gevent.sleep(EVENT_LOOP_TURN)
         super().handle_request(listener_name, req, sock, addr)
 
-    def handle_error(self, req, client, addr, exc):
-        """Refuse a malformed request; the log quotes nothing of it, as it may hold a password."""
-        if not isinstance(exc, errors.ParseException | ssl.SSLError):
-            return super().handle_error(req, client, addr, exc)
-        self.log.warning("Invalid request from %s: %s", addr[0] if addr else "-", type(exc).__name__)
-        status = REFUSALS.get(type(exc), HTTPStatus.BAD_REQUEST)
-        with suppress(OSError):
-            write_error(client, status.value, status.phrase, "")
-
     def handle_exit(self, sig, frame):
         """Handle SIGTERM: followers read how their replies ended before the connections are closed."""
         super().handle_exit(sig, frame)
-        gevent.spawn(self.shut_down_replies, REPLY_TIMEOUT)
+        gevent.spawn(self.wsgi.extensions["replies"].shutdown, REPLY_TIMEOUT)
 
     def handle_quit(self, sig, frame):
         """Handle SIGINT and SIGQUIT. Ctrl-C sends both, and the second must not interrupt the end of the first."""
         if not self.is_quitting:
             self.is_quitting = True
             super().handle_quit(sig, frame)
-
-    def shut_down_replies(self, timeout):
-        """Wait some seconds for the replies in progress, then store the others as they are."""
-        self.wsgi.extensions["replies"].shutdown(timeout)
 
     def run(self):
         """Serve until the worker is told to end, then wait for the replies that nobody follows.
@@ -100,11 +81,12 @@ class Worker(GeventWorker):
         """
         gevent.get_hub().NOT_ERROR += (OSError,)  # a connection that ends before its handshake has no traceback
         self.cfg.set("graceful_timeout", max(0, self.cfg.graceful_timeout - CONNECTION_MARGIN))
+        replies = self.wsgi.extensions["replies"]
         try:
             super().run()
-            self.shut_down_replies(REPLY_TIMEOUT)
+            replies.shutdown(REPLY_TIMEOUT)
         finally:
-            self.shut_down_replies(0)
+            replies.shutdown(0)
 
 
 class Server(Application):
@@ -138,19 +120,12 @@ class Server(Application):
             "ssl_context": create_ssl_context,
             "on_starting": lambda arbiter: prepare(self.app, arbiter.cfg),
             "pre_fork": lambda arbiter, worker: gc.freeze(),  # collections would copy what the workers share
-            "post_worker_init": keep_log_stream,
             "on_exit": lambda arbiter: close_database(self.app),
         }
 
     def load(self):
         """Return the WSGI application."""
         return self.app
-
-
-def keep_log_stream(worker):
-    """Let the log write to stderr without asking each request for its stream, unless gunicorn's log is a file."""
-    if worker.cfg.errorlog == "-":
-        default_handler.setStream(sys.stderr)
 
 
 def create_ssl_context(cfg, default_factory):

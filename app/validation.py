@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 import orjson
-from flask import abort, request
+from flask import abort, current_app, request
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.routing import BaseConverter
 
@@ -94,8 +94,9 @@ def check_username(name, value):
     return username
 
 
-def check_new_password(name, value, min_length):
+def check_new_password(name, value):
     """Return a new password in NFKC. Raises ValueError if that, or what was typed, is invalid."""
+    min_length = current_app.config["PASSWORD_MIN_LENGTH"]
     check_string(name, value, MAX_PASSWORD_LENGTH, min_length)
     return check_string(name, unicodedata.normalize("NFKC", value), MAX_PASSWORD_LENGTH, min_length)
 

@@ -21,7 +21,7 @@ os.environ.update(dict.fromkeys(SETTINGS, ""))
 
 from app import create_app, db, replies
 from app.bot import create_bot
-from app.security import rate_limiter
+from app import security
 from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
@@ -211,7 +211,7 @@ def create_fast_app(config, bot):
 def reuse_app(app, config, bot):
     """Give an application what create_app() gives to a new one: it counts nothing, and no session is open."""
     app.config["SESSIONS_VALID_FROM"] = load_config(config)["SESSIONS_VALID_FROM"]
-    rate_limiter.init_app(app)
+    security.init_app(app)
     app.extensions["replies"] = replies.ReplyManager(app, bot or create_bot(app.config))
     return app
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from sqlalchemy.orm.attributes import set_committed_value
 
 from app import db
-from app.database import MAX_ID, iso8601, json_array, json_object
+from app.database import MAX_ID, autocommit, iso8601, json_array, json_object
 
 if TYPE_CHECKING:
     from app.models.conversation import Conversation
@@ -42,10 +42,11 @@ class User(UserMixin, db.Model):
         return db.session.scalar(select(cls).filter_by(username=username))
 
     @classmethod
-    def get_by_session_token(cls, session_token, valid_from, db_session=db.session):
+    def get_by_session_token(cls, session_token, valid_from):
         """Return the user whose session has a token, or None; sessions opened before `valid_from` have ended."""
         parameters = {"session_token": session_token, "valid_from": valid_from}
-        return db_session.scalar(cls.select_by_session_token(), parameters)
+        bind = {"bind": autocommit(db.engine)}  # no transaction, which would lock SQLite, before a write either
+        return db.session.scalar(cls.select_by_session_token(), parameters, bind_arguments=bind)
 
     @classmethod
     @cache  # building this statement takes a third of the time of GET /api/current_user
