@@ -71,11 +71,9 @@ def init_extensions(app, bot):
     app.config.update(engine_options(app.config["DATABASE_URL"]))
     try:
         db.init_app(app)
-        app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
     except OSError as error:
         raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
     with app.app_context():
         configure_engine(db.engine)
 

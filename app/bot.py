@@ -63,10 +63,7 @@ class BotMessageTooLong(BotError):
 
 
 def create_bot(config):
-    """Return the bot for a configuration: an OpenAI-compatible model if BOT_MODEL is set, else the simulated bot.
-
-    Raises ValueError if a setting or an environment variable makes the model's server unusable.
-    """
+    """Return the bot for a configuration: an OpenAI-compatible model if BOT_MODEL is set, else the simulated bot."""
     if not config["BOT_MODEL"]:
         return simulated_bot
     from app.openai_bot import OpenAIBot  # takes memory that the simulated bot does not need

@@ -4,6 +4,7 @@ urllib3 takes about 10 us of CPU for a chunk; the openai package takes twenty ti
 be imported.
 """
 
+import itertools
 import re
 import ssl
 import time
@@ -17,19 +18,19 @@ from urllib.request import getproxies, proxy_bypass
 
 import orjson
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, ReadTimeoutError
 
 from app.bot import BotError, BotMessageTooLong, BotTimeout, fit_history
 from app.openai_protocol import Completion, ContextExceeded, EventParser, parse_error, skip_thinking
+from config import ConfigError
 
 BLOCK_BYTES = 65_536
 BLOCKS_PER_SWITCH = 64  # after so many, other threads run; greenlets would not by themselves
-MAX_RESPONSE_BYTES = 64_000_000
 CONNECT_TIMEOUT = 10  # seconds for each address of a host, or a third of BOT_TIMEOUT
 FINISH_TIMEOUT = 3  # seconds of silence after a finish reason that end the reply
 ERROR_TIMEOUT = 3  # seconds for the body of an error response
 DRAIN_TIMEOUT = 1  # seconds for the end of a response after the end of its reply
+REQUEST_OPTIONS = {"preload_content": False, "decode_content": True, "redirect": False, "retries": False}
 ROLES = {"user": "user", "bot": "assistant"}
 TITLE_PROMPT = (
     "Name this conversation in its language, in at most six words, without quotes. Answer with the name only."
@@ -39,16 +40,17 @@ current_reply = ContextVar("current_reply")
 
 
 class OpenAIBot:
-    """A bot whose replies a model writes. Raises ValueError if the environment names a proxy that cannot be used."""
+    """A bot whose replies a model writes. Raises ConfigError if the environment names a proxy that cannot be used."""
 
     def __init__(self, config):
         url = urlsplit(config["OPENAI_BASE_URL"])
         self.url = create_url(url)
         self.headers = create_headers(url, config["OPENAI_API_KEY"])
-        self.pool = create_pool(url)
+        self.pool_manager = create_pool_manager(url)
         self.timeout = config["BOT_TIMEOUT"]
         self.options = {**config["BOT_OPTIONS"], "model": config["BOT_MODEL"], "stream": True}
-        self.system_prompt = config["BOT_SYSTEM_PROMPT"]
+        system_prompt = config["BOT_SYSTEM_PROMPT"]
+        self.system_messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.max_chars = config["BOT_HISTORY_CHARS"]
 
     def __call__(self, history, user_id=None, conversation_id=None):
@@ -69,9 +71,7 @@ class OpenAIBot:
     def encode_request(self, history):
         """Return the body of a request."""
         messages = [{"role": ROLES[sender], "content": text} for sender, text in history]
-        if self.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return orjson.dumps({**self.options, "messages": messages})
+        return orjson.dumps({**self.options, "messages": self.system_messages + messages})
 
 
 class ModelReply:
@@ -89,7 +89,6 @@ class ModelReply:
         self.is_cancelled = self.is_late = False
         self.lock = Lock()
         self.sock = None  # of the connection, see TrackedConnection
-        self.completion = Completion()
 
     def __iter__(self):
         """Yield the chunks. Raises BotError."""
@@ -107,7 +106,7 @@ class ModelReply:
             raise failure  # not above: the error of the connection, which may quote the response, is not its context
 
     def to_bot_error(self, error):
-        """Return the BotError for an exception: that of a connection is judged by its cause."""
+        """Return the BotError for an exception; that of a connection is judged by its cause."""
         is_timeout = isinstance(error, ConnectTimeoutError | ReadTimeoutError | TimeoutError)
         if self.is_late or (is_timeout and not isinstance(error.__cause__, ConnectionError)):
             return BotTimeout(f"no text from the model for {self.bot.timeout} s")
@@ -158,32 +157,28 @@ class ModelReply:
 
     def read_response(self, body):
         """Send a request and yield the texts of its response, of each block together; "" stands for reasoning."""
-        self.completion = completion = Completion()
+        self.completion, self.parser = Completion(), EventParser()
         with self.open(body) as response:
             try:
-                for block in self.read_blocks(response):
-                    yield from self.receive(block)
-                    if completion.is_done:
-                        break
+                yield from self.read_blocks(response)
             except ContextExceeded:
-                if not any(completion.texts):
+                if not any(self.completion.texts):
                     raise
-                completion.finish_reason = completion.finish_reason or "length"
+                self.completion.finish_reason = self.completion.finish_reason or "length"
             except (HTTPError, OSError, BotError):
-                if not completion.is_finished:
+                if not self.completion.is_finished:
                     raise
-        completion.check_end()
+        self.completion.check_end()
 
     @contextmanager
     def open(self, body):
         """Yield the response to a request, of which the head has been read. Raises BotError for an error response."""
         timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT, self.bot.timeout / 3), read=self.bot.timeout)
-        response = self.bot.pool.urlopen(
-            "POST", self.bot.url, body=body, headers=self.bot.headers, timeout=timeout, **REQUEST_OPTIONS
-        )
+        request = {"body": body, "headers": self.bot.headers, "timeout": timeout, **REQUEST_OPTIONS}
+        response = self.bot.pool_manager.urlopen("POST", self.bot.url, **request)
         try:
             if not 200 <= response.status < 300:
-                raise parse_error(response.status, self.read_error(response), response.headers.items())
+                raise parse_error(response.status, self.read_error(response), response.headers)
             yield response
             with suppress(HTTPError, OSError):
                 self.sock.settimeout(DRAIN_TIMEOUT)
@@ -194,20 +189,15 @@ class ModelReply:
             response.close()
 
     def read_blocks(self, response):
-        """Yield the body of a response in blocks, as they arrive, and an empty one at the end."""
-        total = 0
-        self.parser = EventParser()
-        for count in range(MAX_RESPONSE_BYTES):
+        """Yield the texts of the blocks of a response, which are what has arrived since the one before."""
+        for count in itertools.count(1):
             self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
             block = response.read1(BLOCK_BYTES)
-            total += len(block)
-            if total > MAX_RESPONSE_BYTES:
-                raise BotError("the model's response is too long")
+            yield from self.receive(block)
+            if self.completion.is_done or not block:
+                return
             if count % BLOCKS_PER_SWITCH == 0:
                 time.sleep(0)
-            yield block
-            if not block:
-                return
 
     def receive(self, block):
         """Yield the text of a block, if there is any. Raises BotError after the text before an error."""
@@ -217,19 +207,13 @@ class ModelReply:
                 self.completion.receive(name, data)
         except BotError as caught:
             error = caught
-        text = self.completion.take_text()
-        if text is not None or self.completion.is_finished > was_finished:
-            self.postpone_deadline()
+        text, is_finished = self.completion.take_text(), self.completion.is_finished
+        if (text is not None or is_finished > was_finished) and not self.has_total_timeout:
+            self.deadline = time.monotonic() + (FINISH_TIMEOUT if is_finished else self.bot.timeout)
         if text is not None:
             yield text
         if error:
             raise error
-
-    def postpone_deadline(self):
-        """Begin the time of silence again; it is short once the reply is whole."""
-        if not self.has_total_timeout:
-            seconds = FINISH_TIMEOUT if self.completion.is_finished else self.bot.timeout
-            self.deadline = time.monotonic() + seconds
 
     def read_error(self, response):
         """Return the body of an error response, as far as it arrives in a short time."""
@@ -242,11 +226,8 @@ class ModelReply:
         return body
 
 
-REQUEST_OPTIONS = {"preload_content": False, "decode_content": True, "redirect": False, "retries": False}
-
-
-class TrackedConnection:
-    """Gives its socket to the reply of the current thread before the head of the response is read."""
+class ConnectionOfReply:
+    """A connection that gives its socket to the reply of the thread, before the head of the response is read."""
 
     def connect(self):
         super().connect()
@@ -257,43 +238,21 @@ class TrackedConnection:
         super().request(*args, **kwargs)
 
 
-class TrackedHTTPConnection(TrackedConnection, HTTPConnection):
-    """A connection over TCP."""
-
-
-class TrackedHTTPSConnection(TrackedConnection, HTTPSConnection):
-    """A connection over TLS."""
-
-
-class TrackedHTTPPool(urllib3.HTTPConnectionPool):
-    """Connections over TCP."""
-
-    ConnectionCls = TrackedHTTPConnection
-
-
-class TrackedHTTPSPool(urllib3.HTTPSConnectionPool):
-    """Connections over TLS."""
-
-    ConnectionCls = TrackedHTTPSConnection
-
-
-def create_pool(url):
-    """Return the connections to a server, or to the proxy that the environment names. Raises ValueError."""
-    try:
-        options = {"maxsize": 20, "ssl_context": ssl.create_default_context() if url.scheme == "https" else None}
-    except OSError:
-        raise ValueError("SSLKEYLOGFILE must name a file that can be written") from None
+def create_pool_manager(url):
+    """Return the connections to a server, or to the proxy that the environment names. Raises ConfigError."""
+    options = {"maxsize": 20, "ssl_context": ssl.create_default_context() if url.scheme == "https" else None}
     if proxy := find_proxy(url):
         headers = urllib3.make_headers(proxy_basic_auth=proxy.auth and unquote(proxy.auth))
-        pool = urllib3.ProxyManager(proxy._replace(auth=None).url, proxy_headers=headers, **options)
+        manager = urllib3.ProxyManager(proxy._replace(auth=None).url, proxy_headers=headers, **options)
     else:
-        pool = urllib3.PoolManager(**options)
-    pool.pool_classes_by_scheme = {"http": TrackedHTTPPool, "https": TrackedHTTPSPool}
-    return pool
+        manager = urllib3.PoolManager(**options)
+    pool = manager.connection_from_url(create_url(url))
+    pool.ConnectionCls = type("Connection", (ConnectionOfReply, pool.ConnectionCls), {})
+    return manager
 
 
 def find_proxy(url):
-    """Return the parsed URL of the proxy that the environment names for a URL, or None. Raises ValueError."""
+    """Return the parsed URL of the proxy that the environment names for a URL, or None. Raises ConfigError."""
     proxies = getproxies()
     name = url.scheme if proxies.get(url.scheme) else "all"
     if not proxies.get(name) or is_proxy_bypassed(url, proxies.get("no", "")):
@@ -303,7 +262,7 @@ def find_proxy(url):
     except urllib3.exceptions.LocationParseError:
         proxy = urllib3.util.Url()
     if proxy.scheme not in ("http", "https") or not proxy.host or proxy.port == 0:
-        raise ValueError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
+        raise ConfigError(f"{name.upper()}_PROXY must be the http:// URL of a proxy")
     return proxy
 
 

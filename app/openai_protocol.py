@@ -59,7 +59,10 @@ RETRY_DELAY = re.compile(
     r"((?:[0-9]+(?:\.[0-9]+)? ?[a-z]+,? ?(?:and )?)+)",
     re.IGNORECASE,
 )
-RETRY_FIELD = re.compile(r'"retry[_-]?(?:after|in)[_-]?(ms|seconds)?"\s*:\s*"?([0-9.]+)', re.IGNORECASE)
+RETRY_FIELD = re.compile(
+    r'"(?:x-)?((?:ms-)?retry[_-]?(?:after|in)[_-]?(?:ms|seconds)?)"\s*:\s*"?([0-9]{1,9}(?:\.[0-9]*)?)s?(?![0-9a-z])',
+    re.IGNORECASE,
+)
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(ms|milli|s|m|h|d)")
 SECONDS = {"ms": 0.001, "milli": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 ERROR_STATUS = re.compile(r"[45][0-9][0-9](?=: |$)")
@@ -330,7 +333,7 @@ def parse_error(status, body, headers=()):
         status = next((int(match[0]) for match in map(ERROR_STATUS.match, (*kinds, str(texts[0]))) if match), 200)
     shown = [kind for kind in kinds if ERROR_KIND.fullmatch(kind)]
     summary = f"the model answered {' '.join([str(status), *shown])}, {len(body)} bytes"
-    delay = parse_retry_delay(dict(headers), body.decode("utf-8", "replace"))
+    delay = parse_retry_delay(headers, body.decode("utf-8", "replace"))
     is_busy = status in BUSY_STATUSES or (status in KIND_STATUSES and BUSY.search(words))
     is_output = fields.get("param") in ("max_tokens", "max_completion_tokens") or OUTPUT_LIMIT.search(words)
     if match := REQUESTED_OUTPUT.search(words):
@@ -366,21 +369,13 @@ def first_of(fields, *names):
 
 def parse_retry_delay(headers, words):
     """Return the seconds after which a retry may succeed, by the headers or the words of an error; None if unknown."""
-    headers = {name.lower(): value for name, value in headers.items()}
-    for name, unit in (
-        ("retry-after-ms", "ms"),
-        ("x-retry-after-ms", "ms"),
-        ("x-ms-retry-after-ms", "ms"),
-        ("retry-after", "s"),
-        ("x-retry-after", "s"),
-    ):
-        value = headers.get(name, "").strip()
-        if match := re.fullmatch(r"([0-9]{1,9}(\.[0-9]*)?)s?", value):
-            return limit_delay(float(match[1]) * SECONDS[unit])
-        with suppress(TypeError, ValueError, OverflowError):
-            return limit_delay(mktime_tz(parsedate_tz(value)) - time.time())
-    if match := RETRY_FIELD.search(words):
-        return limit_delay(float(match[2].strip(".") or 0) * SECONDS["ms" if match[1] == "ms" else "s"])
+    headers = {name.lower(): value for name, value in dict(headers).items()}
+    with suppress(TypeError, ValueError, OverflowError):  # it is no date
+        return limit_delay(mktime_tz(parsedate_tz(headers.get("retry-after"))) - time.time())
+    lines = "".join(f'"{name}": {value}\n' for name, value in headers.items())
+    if match := RETRY_FIELD.search(lines + words):
+        unit = "ms" if "ms" in match[1].lower() else "s"
+        return limit_delay(float(match[2]) * SECONDS[unit])
     match = RETRY_DELAY.search(words)
     durations = DURATION.findall(match[1].lower()) if match else ()
     return limit_delay(sum(float(number) * SECONDS[unit] for number, unit in durations)) if durations else None
