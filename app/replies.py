@@ -9,23 +9,14 @@ import math
 import textwrap
 import time
 from collections import Counter
-from contextlib import contextmanager
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
-from app import db
+from app import db, errors
 from app.bot import BotError, BotTimeout, BotTruncated
 from app.database import format_traceback
-from app.errors import (
-    RETRY_AFTER,
-    database_error_message,
-    database_unavailable,
-    error_message,
-    get_reason,
-    to_http_exception,
-)
 from app.models.exchange import (
     INTERRUPTED,
     list_in_progress,
@@ -58,9 +49,8 @@ class Reply:
         self.request_id = request_id
         self.status = "in_progress"  # or "deleted", or a status of the message
         self.error = None  # the HTTPException of a reply that failed
-        self.is_stored = False  # its end is in the database
-        self.chunks = []
-        self.length = 0
+        self.stored = Event()  # its end is in the database
+        self.text = ""
         self.held = ""  # what cannot be told yet: blank text at the beginning, the first half of a pair of surrogates
         self.source = None  # the iterable that the bot returned
         self.changed = Condition()
@@ -75,13 +65,12 @@ class Reply:
     def append(self, chunk):
         """Add a chunk, as far as MAX_REPLY_CHARS allows; return False if the reply takes no more."""
         text = self.hold(self.held + chunk)
-        added = text[: MAX_REPLY_CHARS - self.length]
+        added = text[: MAX_REPLY_CHARS - len(self.text)]
         with self.changed:
             if self.is_over:
                 return False
             if added:
-                self.chunks.append(added)
-                self.length += len(added)
+                self.text += added
                 self.changed.notify_all()
         return added == text and len(self.held) < MAX_BLANK_CHARS
 
@@ -89,7 +78,7 @@ class Reply:
         """Return the text that can be told now, and keep the rest for the next chunk."""
         self.held = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
         text = sanitize(text.removesuffix(self.held))
-        if self.length:
+        if self.text:
             return text
         if is_blank(text):
             self.held = text + self.held
@@ -103,67 +92,47 @@ class Reply:
         with self.changed:
             if self.is_over:
                 return False
-            self.status, self.error = status, error and to_http_exception(error)
+            self.status, self.error = status, error and errors.to_http_exception(error)
             self.changed.notify_all()
         return True
-
-    def is_to_be_saved(self, now):
-        """Return whether the reply is in progress and has grown, or had no heartbeat for HEARTBEAT_INTERVAL."""
-        has_grown = self.length > self.saved_length
-        return not self.is_over and (has_grown or now - self.saved_at > HEARTBEAT_INTERVAL)
-
-    def set_stored(self):
-        """Tell the followers that the end of the reply is in the database."""
-        with self.changed:
-            self.is_stored = True
-            self.changed.notify_all()
 
     def adopt_stored_end(self, row):
         """Set how another process ended the reply, if it did: `row` is what is stored, None if that was deleted."""
         text, status, sentence = (row.text, row.status, row.error) if row else ("", "deleted", None)
         with self.changed:
-            if (text, status) != (self.get_text(), self.status):
-                self.chunks, self.status = [text], status
-                self.error = ServiceUnavailable(sentence, retry_after=RETRY_AFTER) if sentence else None
+            if (text, status) != (self.text, self.status):
+                self.text, self.status = text, status
+                self.error = ServiceUnavailable(sentence, retry_after=errors.RETRY_AFTER) if sentence else None
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
 
         Ends when the end of the reply is stored. Raises ServiceUnavailable if that takes longer than STORE_TIMEOUT.
         """
-        count, is_over = 0, False
+        is_over = False
         while not is_over:
-            chunks, is_over = self.wait_for_chunks(count)
-            count += len(chunks)
-            text = "".join(chunks)
-            if text[offset:]:
-                yield text[offset:]
-            elif not text and not is_over:
-                yield None
-            offset = max(0, offset - len(text))
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.is_stored, STORE_TIMEOUT):
-                raise database_unavailable()
+            text, is_over = self.wait_for_text(offset)
+            if text or not is_over:
+                yield text or None
+            offset += len(text)
+        if not self.stored.wait(STORE_TIMEOUT):
+            raise errors.database_unavailable()
 
-    def wait_for_chunks(self, count):
-        """Return the chunks after the first `count`, and whether there will be no more; wait for SILENCE_INTERVAL."""
+    def wait_for_text(self, offset):
+        """Return the text from a character on, and whether the reply is over; wait SILENCE_INTERVAL for either."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.chunks) > count or self.is_over, SILENCE_INTERVAL)
-            return self.chunks[count:], self.is_over
-
-    def get_text(self):
-        """Return the text so far."""
-        return "".join(self.chunks)
+            self.changed.wait_for(lambda: len(self.text) > offset or self.is_over, SILENCE_INTERVAL)
+            return self.text[offset:], self.is_over
 
     def get_end(self):
         """Return the status and the error, as the sentence that clients get; the bot may have written it."""
-        return self.status, self.error and sanitize(error_message(self.error))[:MAX_ERROR_LENGTH]
+        return self.status, self.error and sanitize(errors.error_message(self.error))[:MAX_ERROR_LENGTH]
 
     def to_list(self):
         """Return the exchange as the API shows it. Raises NotFound if it was deleted."""
         if self.status == "deleted":
             raise NotFound("Conversation not found")
-        return exchange_to_list(self.exchange, self.get_text(), *self.get_end())
+        return exchange_to_list(self.exchange, self.text, *self.get_end())
 
 
 class StoredReply:
@@ -233,7 +202,7 @@ class ReplyManager:
         self.counts = Counter()  # of these, by user
         self.lock = Lock()
         self.wakeup = Event()
-        self.is_saving = self.is_delayed = self.is_shutting_down = False
+        self.is_saving = self.is_shutting_down = False
         self.growth_saved_at = self.checked_at = -math.inf
 
     def start(self, exchange, request_id):
@@ -264,9 +233,9 @@ class ReplyManager:
         """
         with self.lock:
             if self.is_shutting_down:
-                raise ServiceUnavailable("The server is restarting, try again later", retry_after=RETRY_AFTER)
+                raise ServiceUnavailable("The server is restarting, try again later", retry_after=errors.RETRY_AFTER)
             if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
-                raise TooManyRequests("Too many replies in progress, try again later", retry_after=RETRY_AFTER)
+                raise TooManyRequests("Too many replies in progress, try again later", retry_after=errors.RETRY_AFTER)
             self.counts[user_id] += 1
         try:
             record_send(user_id)
@@ -279,15 +248,6 @@ class ReplyManager:
         with self.lock:
             self.counts -= Counter([user_id])  # which drops a count of 0
 
-    @contextmanager
-    def reserved(self, user_id):
-        """Count one more reply of a user during the block. Raises what reserve() does."""
-        self.reserve(user_id)
-        try:
-            yield
-        finally:
-            self.release(user_id)
-
     def get(self, exchange):
         """Return the reply of an exchange: the one that this process generates, or what is stored."""
         return self.replies.get(exchange.reply["id"]) or StoredReply(exchange, self.fail_abandoned)
@@ -299,14 +259,20 @@ class ReplyManager:
         else:
             set_stopped(exchange.reply["id"])
 
-    def create_title(self, history, request_id):
-        """Return a title for a conversation's first exchange: the bot's, or the beginning of the first message."""
+    def create_title(self, user_id, history, request_id):
+        """Return a title for a conversation's first exchange: the bot's, or the beginning of the first message.
+
+        Raises what reserve() does.
+        """
+        self.reserve(user_id)
         title = ""
         try:
             if hasattr(self.bot, "create_title"):
                 title = sanitize(self.bot.create_title(history))
         except Exception as error:
             self.log_error(error, request_id)
+        finally:
+            self.release(user_id)
         return shorten(history[0][1] if is_blank(title) else title)
 
     def fail_abandoned(self):
@@ -319,7 +285,7 @@ class ReplyManager:
             try:
                 set_abandoned_failed(set(self.replies))
             except SQLAlchemyError as error:
-                self.app.logger.warning("Abandoned replies cannot be ended now: %s", get_reason(error))
+                self.app.logger.warning("Abandoned replies cannot be ended now: %s", errors.get_reason(error))
 
     def shutdown(self, timeout):
         """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
@@ -329,7 +295,7 @@ class ReplyManager:
         while self.counts and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
-            self.end(reply, "failed", ServiceUnavailable(INTERRUPTED, retry_after=RETRY_AFTER))
+            self.end(reply, "failed", ServiceUnavailable(INTERRUPTED, retry_after=errors.RETRY_AFTER))
         deadline = time.monotonic() + 2  # to store them
         while self.replies and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -346,7 +312,7 @@ class ReplyManager:
         except BaseException as exception:  # SystemExit, too, must not leave a reply in progress
             status, error = "failed", exception
         self.call_source(reply, "close")
-        if not (reply.length or error):
+        if not (reply.text or error):
             status, error = "failed", BotError("the reply is empty")
         self.end(reply, status, error)
 
@@ -384,19 +350,12 @@ class ReplyManager:
             try:
                 with self.app.app_context():
                     self.save()
-                self.is_delayed = False
             except Exception as error:
-                self.log_delay(error)
+                reason = errors.get_reason(error) if errors.database_error_message(error) else format_traceback(error)
+                self.app.logger.error("Replies cannot be saved, trying again: %s", reason)
                 time.sleep(SAVE_INTERVAL)
             with self.lock:  # in which start() adds a reply
                 self.is_saving = is_woken or bool(self.replies)
-
-    def log_delay(self, error):
-        """Log why replies cannot be saved now, once until that succeeds."""
-        if not self.is_delayed:
-            self.is_delayed = True
-            reason = get_reason(error) if database_error_message(error) else format_traceback(error)
-            self.app.logger.error("Replies cannot be saved, trying again: %s", reason)
 
     def save(self):
         """Store the replies that have ended; once in SAVE_INTERVAL, look after those in progress first."""
@@ -414,7 +373,7 @@ class ReplyManager:
         for reply in replies:
             if time.monotonic() - reply.started_at > max_seconds:
                 overdue = BotTimeout(f"no end after {max_seconds} s")
-                self.end(reply, *(["truncated"] if reply.length else ["failed", overdue]))
+                self.end(reply, *(["truncated"] if reply.text else ["failed", overdue]))
         ids = list_in_progress([reply.id for reply in replies])
         for reply in replies:
             if reply.id not in ids:
@@ -423,7 +382,10 @@ class ReplyManager:
     def save_growth(self):
         """Save the replies that have grown, and at times those that have not, as a sign of life."""
         now = time.monotonic()
-        texts = {reply: reply.get_text() for reply in list(self.replies.values()) if reply.is_to_be_saved(now)}
+        texts = {reply: reply.text for reply in list(self.replies.values()) if not reply.is_over}
+        for reply, text in list(texts.items()):
+            if len(text) == reply.saved_length and now - reply.saved_at <= HEARTBEAT_INTERVAL:
+                del texts[reply]
         if texts:
             update_texts({reply.id: text for reply, text in texts.items()})
         for reply, text in texts.items():
@@ -431,7 +393,7 @@ class ReplyManager:
 
     def store_ended(self, replies):
         """Store how replies ended, and tell their followers. What another process has stored before stays."""
-        rows = [(reply.id, reply.get_text(), *reply.get_end()) for reply in replies]
+        rows = [(reply.id, reply.text, *reply.get_end()) for reply in replies]
         if not update_ends(rows):
             stored = read_replies([reply.id for reply in replies])
             for reply in replies:
@@ -439,4 +401,4 @@ class ReplyManager:
         for reply in replies:
             del self.replies[reply.id]
             self.release(reply.exchange.user_id)
-            reply.set_stored()
+            reply.stored.set()

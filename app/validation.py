@@ -75,6 +75,14 @@ def get_str_arg(name, max_length):
     return abort_if_invalid(check_string, name, value, max_length) if value else None
 
 
+def get_choice_arg(name, *choices):
+    """Return a parameter of the query string, or None if it is missing or empty; abort with 400 if it is no choice."""
+    value = request.args.get(name)
+    if value and value not in choices:
+        abort(400, f"{name} must be {' or '.join(choices)}")
+    return value or None
+
+
 def check_string(name, value, max_length, min_length=1):
     """Return a string. Raises ValueError if it is blank, has a NUL, or not the right length in characters."""
     if not min_length <= len(value) <= max_length or is_blank(value):

@@ -25,6 +25,7 @@ from app.responses import conditional_response, event_stream, format_event, hash
 from app.threads import holding, run_long_query
 from app.validation import (
     get_bool,
+    get_choice_arg,
     get_idempotency_key,
     get_int,
     get_int_arg,
@@ -63,17 +64,17 @@ def list_conversations():
         filters["limit"] = limit + 1  # one more tells whether there is a next page
         filters["messages"] = MAX_MESSAGES_PER_CONVERSATION if filters["messages"] is None else filters["messages"]
     rows, etag = read_conversations(**filters)
-    page = rows[:limit]
-    next_page = get_next_page(page[-1], filters["order"]) if len(rows) > len(page) else None
+    page, next_page = rows[:limit], None
+    if len(rows) > len(page):
+        last = page[-1]
+        cursor = {"cursor": f"{last.updated_at.isoformat()} {last.id}"}
+        next_page = cursor if filters["order"] else {"before": last.id}
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
     return conditional_response([conversation_to_dict(row, has_details) for row in page], etag, next_page)
 
 
 def read_conversations(**filters):
-    """Return (rows of conversations with messages, see Conversation.list_for_user(), ETag).
-
-    There are no rows if the client has them.
-    """
+    """Return (rows of Conversation.list_for_user() with messages, ETag); no rows if the client has them."""
     with_messages = filters["messages"] != 0
     if request.if_none_match:  # else this would take a tenth of the time
         etag = get_etag(read_rows(is_long=filters.get("folded"), **filters))
@@ -84,7 +85,7 @@ def read_conversations(**filters):
 
 
 def read_rows(is_long=False, **filters):
-    """Return rows of the current user's conversations, see Conversation.list_for_user()."""
+    """Return the rows of Conversation.list_for_user() of the current user."""
     read = partial(Conversation.list_for_user, current_user.id, **filters)
     return read_long(read) if is_long else read()
 
@@ -94,24 +95,18 @@ def read_long(func):
 
     SQLite would stop the event loop meanwhile: a native thread reads by a connection that this one takes from the pool.
     """
-    prepare = None
-    if db.engine.dialect.name == "sqlite":
-        prepare = partial(db.session.connection, execution_options={"begin_immediate": False})
     user_id = current_user.id
     db.session.close()  # holds no connection while other long queries run
-    return run_long_query(func, user_id, prepare)
+    connect = partial(db.session.connection, execution_options={"begin_immediate": False})
+    return run_long_query(func, user_id, connect if db.engine.dialect.name == "sqlite" else None)
 
 
 def get_list_filters():
     """Return the arguments of Conversation.list_for_user() from the query string, or abort with 400."""
     limit, before = get_int_arg("limit", maximum=MAX_PAGE_SIZE), get_int_arg("before")
     updated_at, last_id = get_cursor()
-    order, q = get_str_arg("order", MAX_NAME_LENGTH), get_str_arg("q", MAX_NAME_LENGTH)
-    archived = get_str_arg("archived", MAX_NAME_LENGTH)
-    if order not in (None, "recent"):
-        abort(400, "order must be recent")
-    if archived not in (None, "true", "false"):
-        abort(400, "archived must be true or false")
+    order, archived = get_choice_arg("order", "recent"), get_choice_arg("archived", "true", "false")
+    q = get_str_arg("q", MAX_NAME_LENGTH)
     if before and not limit:
         abort(400, "before requires limit")
     if before and order:
@@ -147,13 +142,6 @@ def get_cursor():
         abort(400, "cursor must come from a Link header")
 
 
-def get_next_page(last, order):
-    """Return the query parameters of the next page, given the last conversation of this one."""
-    if not order:
-        return {"before": last.id}
-    return {"cursor": f"{last.updated_at.isoformat()} {last.id}"}
-
-
 def get_etag(rows):
     """Return the ETag of conversations and their messages: a hash of all columns but `messages_json`."""
     return hash_version([row[:-1] for row in rows])
@@ -167,11 +155,8 @@ def conversation_to_dict(row, has_details=True):
 
 def get_details(conversation):
     """Return what the API shows of a conversation that is requested alone, or with parameters of a list."""
-    return {
-        "archived": conversation.archived,
-        "created_at": format_timestamp(conversation.created_at),
-        "updated_at": format_timestamp(conversation.updated_at),
-    }
+    times = {name: format_timestamp(getattr(conversation, name)) for name in ("created_at", "updated_at")}
+    return {"archived": conversation.archived, **times}
 
 
 @bp.post("/api/conversations")
@@ -281,10 +266,8 @@ def create_title(conversation_id):
     old_name = title = conversation.name
     if not Conversation.start_title(conversation_id, current_app.config["BOT_TIMEOUT"]):
         abort(409, "A title of this conversation is being generated")
-    replies = current_app.extensions["replies"]
     try:
-        with replies.reserved(current_user.id):
-            title = replies.create_title(history, g.request_id)
+        title = current_app.extensions["replies"].create_title(current_user.id, history, g.request_id)
     finally:
         conversation = Conversation.end_title(conversation_id, old_name, title)
     return conversation.to_dict() if conversation else abort(404, "Conversation not found")
@@ -317,7 +300,8 @@ def list_messages(conversation_id):
     """List messages of a conversation, oldest first: the newest ones, or those before one."""
     limit = get_int_arg("limit", maximum=MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
     before, with_versions = get_int_arg("before"), get_versions_arg()
-    etag = get_conversation_etag(conversation_id)
+    conversations = read_rows(id=conversation_id) or abort(404, "Conversation not found")
+    etag = get_etag(conversations)
     if is_not_modified(etag):
         return conditional_response(None, etag)
     rows = db.session.execute(Message.select_page(conversation_id, limit + 1, before)).all()
@@ -327,28 +311,18 @@ def list_messages(conversation_id):
     return conditional_response(add_versions(messages_json, conversation_id, with_versions), etag, next_page)
 
 
-def get_conversation_etag(conversation_id):
-    """Return the ETag of a conversation and its messages; abort with 404 if it is missing or another user's."""
-    rows = read_rows(id=conversation_id)
-    return get_etag(rows) if rows else abort(404, "Conversation not found")
-
-
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>")
 @login_required
 def get_message(conversation_id, message_id):
     """Return a message as it is now."""
-    etag = get_conversation_etag(conversation_id)
-    message = get_message_or_404(conversation_id, message_id)
-    return conditional_response(message.to_dict(), etag)
+    return get_message_or_404(conversation_id, message_id).to_dict()
 
 
 @bp.get("/api/conversations/<id:conversation_id>/messages/<id:message_id>/versions")
 @login_required
 def list_versions(conversation_id, message_id):
     """List the versions of a message, oldest first."""
-    etag = get_conversation_etag(conversation_id)
-    versions = get_message_or_404(conversation_id, message_id).list_versions()
-    return conditional_response([message.to_dict() for message in versions], etag)
+    return [message.to_dict() for message in get_message_or_404(conversation_id, message_id).list_versions()]
 
 
 @bp.post("/api/conversations/<id:conversation_id>/messages")
@@ -467,8 +441,7 @@ def get_reply(exchange):
 def respond_with_reply(exchange, reply, status):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
-    The reply is generated in the background, whatever becomes of this request. If it fails without a text, that is the
-    error of this request, unless it has been over before.
+    If the reply fails without a text, that is the error of this request, unless it was over before.
     """
     db.session.close()  # holds no connection while the bot works
     if not exchange.is_in_progress:
@@ -490,10 +463,7 @@ def wait_for(reply):
 
 
 def wait_for_first(reply):
-    """Return what the reply's follow() yields, as soon as that begins; raise the error if it failed without a text.
-
-    So the status of the response tells of an early failure.
-    """
+    """Return what the reply's follow() yields, as soon as that begins; raise the error if it failed without a text."""
     updates = reply.follow()
     first = list(islice(updates, 1))
     if not first:
