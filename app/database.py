@@ -63,11 +63,10 @@ class Base(DeclarativeBase):
 class Session(FlaskSession):
     """A session that reads in autocommit mode during a safe request, and uses a transaction otherwise."""
 
-    def get_bind(self, *args, **kwargs):
-        engine = super().get_bind(*args, **kwargs)
-        if has_request_context() and request.method in SAFE_METHODS:
-            return autocommit(engine)
-        return engine
+    def get_bind(self, *args, bind=None, **kwargs):
+        engine = super().get_bind(*args, bind=bind, **kwargs)
+        is_safe = has_request_context() and request.method in SAFE_METHODS
+        return autocommit(engine) if is_safe and bind is None else engine
 
 
 @lru_cache(maxsize=8)  # a session uses one connection for each engine object
