@@ -23,6 +23,11 @@ MIN_SECRET_KEY_LENGTH = 32
 DEFAULT_PORTS = {"http": 80, "https": 443}
 QUOTED = re.compile(r"""\A(["'])((?:(?!\1).)*)\1\Z""", re.DOTALL)  # as `docker --env-file` passes values on
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+SERVER, PORT = r"([^@]*@)?([^@/:,\[]+|\[[0-9a-fA-F:]+\])", ":[1-9][0-9]{0,4}"
+STORAGE_URL = re.compile(
+    rf"memory://|rediss?://{SERVER}({PORT})?([/?].*)?|redis\+unix://([^@/]*@)?/.+"
+    rf"|redis\+sentinel://{SERVER}{PORT}(,{SERVER}{PORT})*/.+|redis\+cluster://{SERVER}{PORT}(,{SERVER}{PORT})*/?"
+)
 APP_SCHEMES = (  # of pages within apps
     *("app", "capacitor", "capacitor-electron", "chrome-extension", "electron", "ionic", "moz-extension"),
     *("safari-web-extension", "tauri", "vscode-webview", "wails"),
@@ -161,16 +166,13 @@ def parse_connect_args(url):
     from psycopg import ProgrammingError  # the driver takes 0.1 s that SQLite need not spend
     from psycopg.conninfo import conninfo_to_dict
 
-    url, _, query = url.partition("?")
-    options = dict(option.partition("=")[::2] for option in query.split("&") if option)
-    threshold = options.pop("prepare_threshold", None)
+    threshold = re.search(r"(?<=[?&])prepare_threshold=([^&]*)&?", url)
     try:
-        query = "&".join(f"{name}={value}" for name, value in options.items())
-        connect_args = conninfo_to_dict(f"{url}?{query}" if query else url)
+        connect_args = conninfo_to_dict(url.replace(threshold[0], "").rstrip("&") if threshold else url)
     except ProgrammingError:
         raise ValueError("must be the URL of a postgresql:// server, with libpq's options") from None
-    if threshold is not None:
-        connect_args["prepare_threshold"] = None if threshold == "none" else parse_int(threshold, 0, 10**9)
+    if threshold:
+        connect_args["prepare_threshold"] = None if threshold[1] == "none" else parse_int(threshold[1], 0, 10**9)
     return connect_args
 
 
@@ -191,11 +193,11 @@ def parse_rate_limits(value):
     """Return a list of limits, none without a value, from a text such as `60 per hour; 300 per day`."""
     try:
         limits = parse_many(parse_str(value)) if isinstance(value, str) and value else list(value)
-        if all(isinstance(limit, RateLimitItem) and limit.amount and limit.multiples for limit in limits):
-            return limits
     except (TypeError, ValueError):
-        pass
-    raise ValueError("must be a limit such as 10 per minute")
+        limits = [None]
+    if not all(isinstance(limit, RateLimitItem) and limit.amount and limit.multiples for limit in limits):
+        raise ValueError("must be a limit such as 10 per minute")
+    return limits
 
 
 def parse_rate_limit(value):
@@ -208,20 +210,7 @@ def parse_rate_limit(value):
 
 def parse_rate_limit_storage(value):
     """Return the URL of a storage that the package limits knows: this process's memory or Redis."""
-    parts = urlsplit(parse_str(value))
-    try:
-        servers = [urlsplit(f"//{server}") for server in parts.netloc.rpartition("@")[2].split(",")]
-        is_complete = all(server.hostname and server.port for server in servers)
-        is_valid = {
-            "redis": parts.netloc and servers[0].port != 0,
-            "rediss": parts.netloc and servers[0].port != 0,
-            "redis+unix": parts.path,
-            "redis+sentinel": is_complete and parts.path.strip("/"),
-            "redis+cluster": is_complete,
-        }.get(parts.scheme, value == "memory://")
-    except ValueError:
-        is_valid = False
-    if not is_valid:
+    if not STORAGE_URL.fullmatch(parse_str(value)):
         raise ValueError("must be memory:// or the URL of a Redis server, such as redis://localhost:6379")
     return value
 
@@ -317,14 +306,12 @@ FIXED = {
 def load_config(overrides=None):
     """Return all settings as a dict for `app.config`.
 
-    A setting is taken from `overrides`, a dict or an object with upper-case attributes, else from the environment, else
-    from the file .env, else it has its default. An empty one counts as unset. Raises ConfigError for the first invalid
-    one. Other names in `overrides`, such as TESTING, are Flask's or an extension's.
+    A setting is taken from `overrides`, a mapping, else from the environment, else from the file .env, else it has its
+    default. An empty one counts as unset. Other names in `overrides`, such as TESTING, are Flask's or an extension's.
+    Raises ConfigError for the first invalid setting.
     """
-    overrides = overrides or {}
-    if not hasattr(overrides, "keys"):
-        overrides = {name: getattr(overrides, name) for name in dir(overrides) if name.isupper()}
-    values = load_values() | dict(overrides)
+    overrides = dict(overrides or {})
+    values = load_values() | overrides
     config = FIXED | {name: value for name, value in overrides.items() if name not in SETTINGS}
     for name, (default, check) in SETTINGS.items():
         value = values.get(name)
