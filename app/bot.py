@@ -75,13 +75,12 @@ def simulated_bot(history, user_id=None, conversation_id=None):
     """Yield a reply word by word, always the same one for the same history."""
     text = history[-1][1].strip()
     command = COMMAND.match(text)
-    if not command:
-        earlier = [message for sender, message in history[:-1] if sender == "user"]
-        yield from split_words(canned_reply(text, earlier[-1] if earlier else ""))
-    elif command[1] == "help":
-        yield from split_words(HELP)
-    else:
+    if command and command[1] != "help":
         yield from run_command(command[1], int(command[2] or 10))
+    else:
+        earlier = [message for sender, message in history[:-1] if sender == "user"]
+        reply = HELP if command else canned_reply(text, earlier[-1] if earlier else "")
+        yield from re.findall(r"\S+\s*", reply)
 
 
 def run_command(name, count):
@@ -101,22 +100,17 @@ def run_command(name, count):
 def canned_reply(text, previous):
     """Return a reply to a text that quotes it and the user's previous message."""
     if text.endswith("?"):
-        reply = f"You ask: “{shorten(text)}” A real model would know; this bot is simulated. Try /help."
+        reply = f"You ask: {quote(text)} A real model would know; this bot is simulated. Try /help."
     elif re.match(r"(hi|hello|hey|good (morning|day|evening))\b", text, re.IGNORECASE):
         reply = "Hello! What is on your mind?"
     else:
-        reply = f"You say: “{shorten(text)}” Tell me more."
-    return f"{reply} Before that you wrote: “{shorten(previous)}”" if previous else reply
+        reply = f"You say: {quote(text)} Tell me more."
+    return f"{reply} Before that you wrote: {quote(previous)}" if previous else reply
 
 
-def shorten(text):
-    """Return at most MAX_QUOTE_LENGTH characters of a text, with an ellipsis if it was longer."""
-    return text if len(text) <= MAX_QUOTE_LENGTH else f"{text[: MAX_QUOTE_LENGTH - 1]}…"
-
-
-def split_words(text):
-    """Return the words of a text, each with the white space that follows it."""
-    return re.findall(r"\S+\s*", text)
+def quote(text):
+    """Return at most MAX_QUOTE_LENGTH characters of a text in quotes, with an ellipsis if it was longer."""
+    return f"“{text}”" if len(text) <= MAX_QUOTE_LENGTH else f"“{text[: MAX_QUOTE_LENGTH - 1]}…”"
 
 
 def fit_history(history, max_chars):

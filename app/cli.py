@@ -19,19 +19,19 @@ from app.security import hash_password
 from app.validation import check_new_password, check_username
 
 DEMO_PASSWORD = "demo password"
-DEMO = {
-    "charles": {
-        "The analytical engine": ["Hello", "Can a machine compose music?", "I think it might"],
-        "Notes": ["Note G is about the Bernoulli numbers"],
-    },
-    "alan": {"Can machines think?": ["Good morning", "Can you play the imitation game?"]},
-    "barbara": {"A first draft": []},
-}
-DEMO_STATUSES = {
-    "A reply that failed": "failed",
-    "A reply that was stopped": "stopped",
-    "A reply cut short": "truncated",
-    "A reply in progress": "in_progress",  # "failed" after HEARTBEAT_TIMEOUT, as no process generates it
+DEMO = {  # user: (conversation, texts of the user, status of the last reply)
+    "charles": [
+        ("The analytical engine", ["Hello", "Can a machine compose music?", "I think it might"]),
+        ("Notes", ["Note G is about the Bernoulli numbers"]),
+    ],
+    "alan": [("Can machines think?", ["Good morning", "Can you play the imitation game?"])],
+    "barbara": [
+        ("A first draft", []),
+        ("A reply that failed", ["Hello"], "failed"),
+        ("A reply that was stopped", ["Hello"], "stopped"),
+        ("A reply cut short", ["Hello"], "truncated"),
+        ("A reply in progress", ["Hello"], "in_progress"),  # "failed" soon, as no process generates it
+    ],
 }
 USER_EXISTS, USER_UNKNOWN = "Username already exists", "Username does not exist"
 LINE = "{:>6}  {:<8}  {:<27}  {:>13}  {:>8}  {:>9}  {}"
@@ -177,15 +177,10 @@ def to_printable(text):
 def demo():
     """Add some users and conversations, for a front end to show."""
     password_hash = hash_password(DEMO_PASSWORD)
-    demo_users = []
     for username, conversations in DEMO.items():
         user = User(username=username, password_hash=password_hash)
-        user.conversations = [create_conversation(name, texts) for name, texts in conversations.items()]
-        demo_users.append(user)
-    demo_users[-1].conversations += [
-        create_conversation(name, ["Hello"], status) for name, status in DEMO_STATUSES.items()
-    ]
-    db.session.add_all(demo_users)
+        user.conversations = [create_conversation(*conversation) for conversation in conversations]
+        db.session.add(user)
     try:
         db.session.commit()
     except IntegrityError:
@@ -197,8 +192,7 @@ def create_conversation(name, texts, last_status="complete"):
     """Return a conversation in which a user has sent these texts, with the replies of the simulated bot."""
     history = []
     for text in texts:
-        history.append(("user", text))
-        history.append(("bot", "".join(simulated_bot(history))))
+        history += [("user", text), ("bot", "".join(simulated_bot([*history, ("user", text)])))]
     now = datetime.now(UTC)
     messages = [Message(sender=sender, text=text, created_at=now) for sender, text in history]
     for parent, message in pairwise(messages):

@@ -146,10 +146,7 @@ class database_now(Template):
 
 
 class contains(Template):
-    """`contains(column, folded)` tells whether a column has a text, in any case; `folded` comes from fold_case().
-
-    The time is linear in the length of the column, unlike that of LIKE.
-    """
+    """`contains(column, fold_case(text))` tells whether a column has a text in any case in linear time."""
 
     type = Boolean()
     inherit_cache = True

@@ -206,10 +206,7 @@ class ReplyManager:
         self.growth_saved_at = self.checked_at = -math.inf
 
     def start(self, exchange, request_id):
-        """Commit the session, which has added the exchange, and generate its reply in the background; return the reply.
-
-        Raises what reserve() does.
-        """
+        """Commit the session with a new exchange, and generate its reply; return that. Raises what reserve() does."""
         self.reserve(exchange.user_id)
         try:
             history = exchange.read_history(self.app.config["BOT_HISTORY_CHARS"])
@@ -260,10 +257,7 @@ class ReplyManager:
             set_stopped(exchange.reply["id"])
 
     def create_title(self, user_id, history, request_id):
-        """Return a title for a conversation's first exchange: the bot's, or the beginning of the first message.
-
-        Raises what reserve() does.
-        """
+        """Return the bot's title for a first exchange, or the beginning of the message. Raises what reserve() does."""
         self.reserve(user_id)
         title = ""
         try:
@@ -276,10 +270,7 @@ class ReplyManager:
         return shorten(history[0][1] if is_blank(title) else title)
 
     def fail_abandoned(self):
-        """End the replies whose process was killed, of whatever server; look for them once in HEARTBEAT_INTERVAL.
-
-        The request goes on if that is impossible now.
-        """
+        """End the replies whose process was killed, of any server, once in HEARTBEAT_INTERVAL; log if that fails."""
         if time.monotonic() - self.checked_at >= HEARTBEAT_INTERVAL:
             self.checked_at = time.monotonic()
             try:

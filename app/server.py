@@ -75,10 +75,7 @@ class Worker(GeventWorker):
             super().handle_quit(sig, frame)
 
     def run(self):
-        """Serve until the worker is told to end, then wait for the replies that nobody follows.
-
-        SIGINT and SIGQUIT raise SystemExit here.
-        """
+        """Serve until the worker is told to end (SIGINT and SIGQUIT raise SystemExit), then wait for the replies."""
         gevent.get_hub().NOT_ERROR += (OSError,)  # a connection that ends before its handshake has no traceback
         self.cfg.set("graceful_timeout", max(0, self.cfg.graceful_timeout - CONNECTION_MARGIN))
         replies = self.wsgi.extensions["replies"]

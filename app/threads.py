@@ -26,27 +26,26 @@ query_locks = WeakValueDictionary()  # by user
 
 
 def run_in_threadpool(func, *args):
-    """Call a function that hashes a password, and return its result. Raises ServiceUnavailable as holding() does."""
-    with holding(hashing_slots):
+    """Call a function that hashes a password, and return its result. Raises what acquire() does."""
+    with acquire(hashing_slots):
         return call_in_thread(func, *args)
 
 
-def run_long_query(func, user_id, prepare=None):
+def run_long_query(func, user_id, connect=None):
     """Call a function that reads many messages, one at a time for each user, and return its result.
 
-    With `prepare`, that is called first, and the function in a native thread. Raises ServiceUnavailable as holding()
-    does.
+    With `connect`, that is called before, and the function in a native thread. Raises what acquire() does.
     """
-    with holding(query_locks.setdefault(user_id, Lock()), query_slots):
-        if prepare is None:
+    with acquire(query_locks.setdefault(user_id, Lock()), query_slots):
+        if connect is None:
             return func()
-        prepare()
+        connect()
         return call_in_thread(func)
 
 
 def call_in_thread(func, *args):
     """Call a function, under gevent in a native thread, and return its result."""
-    if not is_gevent_used():
+    if monkey is None or not monkey.is_module_patched("threading"):  # threads are threads
         return func(*args)
     result, error = get_threadpool(os.getpid()).apply(catch_error, (copy_context(), func, *args))
     if error:
@@ -55,7 +54,7 @@ def call_in_thread(func, *args):
 
 
 @contextmanager
-def holding(*locks):
+def acquire(*locks):
     """Hold locks during the block. Raises ServiceUnavailable after MAX_WAIT for one of them."""
     with ExitStack() as stack:
         for lock in locks:
@@ -71,11 +70,6 @@ def catch_error(context, func, *args):
         return context.run(func, *args), None
     except Exception as error:
         return None, error
-
-
-def is_gevent_used():
-    """Return whether threads are gevent's greenlets."""
-    return monkey is not None and monkey.is_module_patched("threading")
 
 
 @cache

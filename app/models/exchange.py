@@ -132,10 +132,7 @@ class Exchange:
 
 
 def lock_conversation(conversation_id, user_id):
-    """Lock the user's conversation and record that its messages change; return False if there is none.
-
-    An archived conversation comes back.
-    """
+    """Lock the user's conversation, of which messages change, and unarchive it; return False if there is none."""
     values = {"conversation_id": conversation_id, "owner_id": user_id, "now": datetime.now(UTC)}
     return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
 
@@ -155,10 +152,9 @@ def update_texts(texts):
 
 
 def update_ends(rows):
-    """Save how replies ended: rows of (id, text, status, error); commit.
+    """Save how replies ended: rows of (id, text, status, error); commit; return whether all of them were in progress.
 
-    Returns whether all of them were in progress; those that were not, because another process ended or deleted them,
-    are left as they are.
+    Those that were not, because another process ended or deleted them, are left as they are.
     """
     values = [dict(zip(("reply_id", "new_text", "new_status", "new_error"), row, strict=True)) for row in sorted(rows)]
     count = db.session.execute(UPDATE_END, values).rowcount

@@ -62,10 +62,7 @@ class User(UserMixin, db.Model):
 
     @classmethod
     def list_status(cls, valid_from, after=0, limit=MAX_ID):
-        """Return (JSON array, id of the last user, or None on the last page).
-
-        The array has the status of at most `limit` users whose id is above `after`.
-        """
+        """Return a JSON array of the status of `limit` users with ids above `after`, and the last id if more follow."""
         parameters = {"valid_from": valid_from, "after": after, "limit": limit}
         users, last_id, newest_id = db.session.execute(cls.select_status(), parameters).one()
         return users, last_id if last_id != newest_id else None
@@ -74,27 +71,18 @@ class User(UserMixin, db.Model):
     @cache  # building this statement takes half the time of a request that lists 200 users
     def select_status(cls):
         """Select the status of users as JSON, the id of the last of them, and the id of the newest user."""
-        status_json = cls.status_json(bindparam("valid_from", type_=cls.last_login.type))
-        page = (
-            select(cls.id, status_json.label("json"))
-            .where(cls.id > bindparam("after"))
-            .order_by(cls.id)
-            .limit(bindparam("limit"))
-            .subquery()
-        )
-        newest = select(func.max(cls.id)).scalar_subquery()
-        return select(json_array(page.c.json), func.max(page.c.id), newest)
-
-    @classmethod
-    def status_json(cls, valid_from):
-        """Return the SQL expression of a user's status as JSON."""
-        return json_object(
+        is_online = cls.is_online(bindparam("valid_from", type_=cls.last_login.type))
+        status_json = json_object(
             user_id=cls.user_id,
             username=cls.username,
-            status=case((cls.is_online(valid_from), "Online"), else_="Offline"),
+            status=case((is_online, "Online"), else_="Offline"),
             last_login=iso8601(cls.last_login),
             last_logout=iso8601(cls.last_logout),
         )
+        page = select(cls.id, status_json.label("json")).where(cls.id > bindparam("after")).order_by(cls.id)
+        page = page.limit(bindparam("limit")).subquery()
+        newest = select(func.max(cls.id)).scalar_subquery()
+        return select(json_array(page.c.json), func.max(page.c.id), newest)
 
     def get_id(self):
         """Return the session token: Flask-Login's alternative id, which the cookie carries."""

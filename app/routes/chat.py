@@ -22,7 +22,7 @@ from app.models import Conversation, Message
 from app.models.exchange import Exchange, lock_conversation
 from app.replies import exchange_to_list
 from app.responses import conditional_response, event_stream, format_event, hash_version, is_not_modified
-from app.threads import holding, run_long_query
+from app.threads import acquire, run_long_query
 from app.validation import (
     get_bool,
     get_choice_arg,
@@ -330,7 +330,7 @@ def list_versions(conversation_id, message_id):
 def send_message(conversation_id):
     """Send a message and return it with the bot's reply."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    with sending(conversation_id):
+    with send_lock(conversation_id):
         exchange = get_repeated_exchange(conversation_id, text, key)
         exchange = exchange or Exchange.add(conversation_id, current_user.id, text, key)
         reply = get_reply(exchange)
@@ -342,7 +342,7 @@ def send_message(conversation_id):
 def edit_message(conversation_id, message_id):
     """Add another version of a message of the user, or of its reply, and return both."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
-    with sending(conversation_id):
+    with send_lock(conversation_id):
         message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
         if message.sender == "bot":
             abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
@@ -353,12 +353,12 @@ def edit_message(conversation_id, message_id):
 
 
 @contextmanager
-def sending(conversation_id):
-    """Lock the current user's conversation until the block has committed. Abort with 404 if there is none.
+def send_lock(conversation_id):
+    """Lock the current user's conversation until the block has committed; abort with 404 if there is none.
 
     Sends of this process take turns before they do in the database, where each that waits would hold a connection.
     """
-    with holding(send_locks.setdefault((current_user.id, conversation_id), Lock())):
+    with acquire(send_locks.setdefault((current_user.id, conversation_id), Lock())):
         lock_conversation_or_404(conversation_id)
         yield
 
