@@ -6,21 +6,18 @@ import pytest
 
 from app.bot import BotError, BotTimeout
 from tests.conftest import SHARED_SESSIONS, create_other_client, on_sqlite
-from tests.helpers.bots import ASYNC, STREAM, WAYS, Gate, each_way, join_deltas, read_events, wait_for_end
+from tests.helpers.bots import ASYNC, KEY, STREAM, WAYS, each_way, join_deltas, read_events, wait_for_end, wait_for_text
 from tests.helpers.data import add_abandoned_exchange, count_messages, execute, get_answer, get_ids, get_texts
-from tests.helpers.server import run_concurrently, run_in_background, wait_until
+from tests.helpers.server import run_concurrently, run_in_background
 
 
 class CountingBot:
     """A bot of one or more processes that replies with the number of the call, and counts calls at the same time."""
 
-    def __init__(self):
-        self.calls, self.running, self.most_running = 0, 0, 0
-        self.failures = []  # exceptions to raise, one for each call, before the first chunk
-        self.cuts = []  # exceptions to raise, one for each call, after the first chunk
-        self.gate = Gate()
-        self.gate.set()
-        self.lock = threading.Lock()
+    def __init__(self, gate):
+        self.gate, self.lock = gate, threading.Lock()
+        self.calls = self.running = self.most_running = 0
+        self.failures, self.cuts = [], []  # exceptions to raise, one for each call, before or after the first chunk
 
     def __call__(self, history, user_id, conversation_id):
         with self.lock:
@@ -42,10 +39,10 @@ class CountingBot:
 
 
 @pytest.fixture
-def bot():
-    bot = CountingBot()
-    yield bot
-    bot.gate.set()
+def bot(gate):
+    """A bot that waits for the gate only if a test clears that."""
+    gate.set()
+    return CountingBot(gate)
 
 
 @pytest.fixture
@@ -54,15 +51,8 @@ def app(make_app, bot):
 
 
 @pytest.fixture
-def other_app(make_app, bot):
-    """An application on the same database that generates its replies by itself."""
-    return make_app(bot, **SHARED_SESSIONS)
-
-
-@pytest.fixture(params=["same process", "other process"])
-def repeater(request, ada, other_app):
-    """Another client with the session of ada, at the process that generates the first reply or at another one."""
-    return create_other_client(ada, None if request.param == "same process" else other_app)
+def other_bot(bot):
+    return bot
 
 
 def send(client, conversation_id, text="Hello", key="key", headers=()):
@@ -70,18 +60,13 @@ def send(client, conversation_id, text="Hello", key="key", headers=()):
     return client.send_message(conversation_id, text, headers={"Idempotency-Key": key, **dict(headers)})
 
 
-def edit(client, conversation_id, message_id, text="Edited", key="key", headers=()):
-    """Edit a message with an Idempotency-Key."""
-    return client.edit_message(conversation_id, message_id, text, headers={"Idempotency-Key": key, **dict(headers)})
+def is_replayed(response):
+    return response.headers.get("Idempotent-Replayed") == "true"
 
 
 def get_exchange(response):
     """Return the exchange of a response of any kind."""
     return response.json if response.is_json else read_events(response)[-1][1]
-
-
-def is_replayed(response):
-    return response.headers.get("Idempotent-Replayed") == "true"
 
 
 @each_way
@@ -90,22 +75,12 @@ def test_repeated_send_returns_stored_exchange(ada, bot, conversation_id, header
     first = send(ada, conversation_id, headers=headers)
     exchange = wait_for_end(ada, conversation_id)
     response = send(ada, conversation_id, headers=repeat_headers)
-    assert (is_replayed(first), is_replayed(response)) == (False, True)
+    assert (is_replayed(first), is_replayed(response), bot.calls) == (False, True, 1)
     assert get_exchange(response) == exchange == ada.list_messages(conversation_id)
     if repeat_headers == STREAM:
         assert join_deltas(read_events(response)) == "Reply 1!"
     else:
         assert response.status_code == 201
-    assert bot.calls == 1
-
-
-def test_repeated_edit_without_another_text_returns_the_same_new_reply(ada, bot, conversation_id):
-    message_id = ada.send_message(conversation_id).json[0]["id"]
-    first, second = (edit(ada, conversation_id, message_id, "Hello") for _ in range(2))
-    assert (is_replayed(first), is_replayed(second)) == (False, True)
-    assert second.json == first.json
-    assert bot.calls == 2
-    assert get_answer(edit(ada, conversation_id, message_id, "Other"))[0] == 409
 
 
 @each_way
@@ -114,8 +89,7 @@ def test_repeat_with_other_text_returns_409(ada, bot, conversation_id, headers, 
     exchange = send(ada, conversation_id).json
     response = send(ada, conversation_id, text, headers=headers)
     assert get_answer(response) == (409, {"error": "Idempotency-Key was used for another text in this conversation"})
-    assert ada.list_messages(conversation_id) == exchange
-    assert bot.calls == 1
+    assert (ada.list_messages(conversation_id), bot.calls) == (exchange, 1)
 
 
 def test_replay_and_refusal_change_nothing(ada, conversation_id):
@@ -150,15 +124,7 @@ def test_key_belongs_to_conversation(ada, bob, bot, conversation_id):
     first, second = send(ada, conversation_id).json, send(ada, other_id, "Another text").json
     assert send(ada, conversation_id).json == first
     assert send(ada, other_id, "Another text").json == second
-    assert send(bob, conversation_id).status_code == 404
-    assert not is_replayed(send(bob, bob.create_conversation()))
-    assert bot.calls == 3
-
-
-def test_sends_without_key_are_separate(ada, conversation_id):
-    first, second = ada.send_message(conversation_id), ada.send_message(conversation_id)
-    assert ada.list_messages(conversation_id) == first.json + second.json
-    assert not is_replayed(second)
+    assert (is_replayed(send(bob, bob.create_conversation())), bot.calls) == (False, 3)
 
 
 # Repeats of what failed
@@ -166,18 +132,16 @@ def test_sends_without_key_are_separate(ada, conversation_id):
 
 @pytest.mark.parametrize("has_text", [True, False], ids=["after the first chunk", "before the first chunk"])
 @each_way
-def test_repeat_after_failure_gets_another_reply(ada, bot, conversation_id, repeater, has_text, headers):
+def test_repeat_after_failure_gets_another_reply(ada, bot, conversation_id, second_client, has_text, headers):
     (bot.cuts if has_text else bot.failures).append(BotError("down"))
     send(ada, conversation_id, headers=headers)
     question, failed = wait_for_end(ada, conversation_id)
     assert (failed["text"], failed["status"]) == ("Reply 1" if has_text else "", "failed")
-    response = send(repeater, conversation_id, headers=headers)
-    assert not is_replayed(response)
+    assert not is_replayed(send(second_client, conversation_id, headers=headers))
     _, reply = exchange = wait_for_end(ada, conversation_id)
     assert exchange == [question, {**reply, "text": "Reply 2!"}]
     assert ada.list_versions(conversation_id, reply["id"]).json == [failed, reply]
-    assert get_exchange(send(repeater, conversation_id)) == exchange
-    assert bot.calls == 2
+    assert (get_exchange(send(second_client, conversation_id)), bot.calls) == (exchange, 2)
 
 
 def test_repeat_that_fails_again_is_kept_as_another_version(ada, bot, conversation_id):
@@ -193,46 +157,42 @@ def test_repeat_after_failure_that_something_followed_returns_it(ada, bot, conve
     exchange = send(ada, conversation_id).json
     later = ada.send_message(conversation_id, "Later").json
     response = send(ada, conversation_id, headers=headers)
-    assert is_replayed(response)
     if headers == STREAM:
         assert read_events(response)[-1][:2] == ("error", {"error": exchange[1]["error"]})
     else:
         assert get_answer(response) == (201, exchange)
-    assert ada.list_messages(conversation_id) == exchange + later
-    assert bot.calls == 2
+    assert (ada.list_messages(conversation_id), is_replayed(response), bot.calls) == (exchange + later, True, 2)
 
 
-def test_repeat_after_stop_returns_stopped_reply(ada, bot, conversation_id):
-    bot.gate.clear()
+def test_repeat_after_stop_returns_stopped_reply(ada, bot, gate, conversation_id):
+    gate.clear()
     _, reply = send(ada, conversation_id, headers=ASYNC).json
-    wait_until(lambda: ada.get_message(conversation_id, reply["id"]).json["text"])
+    wait_for_text(ada, conversation_id, reply["id"], "Reply 1")
     stopped = ada.stop_reply(conversation_id, reply["id"]).json
     response = send(ada, conversation_id)
-    assert (is_replayed(response), response.json[1]) == (True, stopped)
-    assert bot.calls == 1
+    assert (is_replayed(response), response.json[1], bot.calls) == (True, stopped, 1)
 
 
-def test_repeat_after_its_process_was_killed_gets_another_reply(app, ada, bot, conversation_id, other_app):
-    question_id, failed_id = add_abandoned_exchange(app, conversation_id)
+def test_repeat_after_its_process_was_killed_gets_another_reply(app, ada, conversation_id, other_process):
+    ids = list(add_abandoned_exchange(app, conversation_id))
     execute(app, "UPDATE message SET idempotency_key = 'key' WHERE sender = 'user'")
-    response = send(create_other_client(ada, other_app), conversation_id, "Killed")
-    assert (response.status_code, is_replayed(response)) == (201, False)
-    assert response.json == ada.list_messages(conversation_id)
-    assert (response.json[0]["id"], response.json[1]["text"]) == (question_id, "Reply 1!")
-    assert get_ids(ada.list_versions(conversation_id, failed_id).json) == [failed_id, response.json[1]["id"]]
+    response = send(other_process, conversation_id, "Killed")
+    question, reply = ada.list_messages(conversation_id)
+    assert (get_answer(response), is_replayed(response)) == ((201, [question, reply]), False)
+    assert (question["id"], reply["text"]) == (ids[0], "Reply 1!")
+    assert get_ids(ada.list_versions(conversation_id, ids[1]).json) == [ids[1], reply["id"]]
 
 
 # Edits
 
 
-def test_repeated_edit_returns_stored_exchange(ada, bot, conversation_id, repeater):
-    question, _ = ada.send_message(conversation_id).json
-    first = edit(ada, conversation_id, question["id"])
-    response = edit(repeater, conversation_id, question["id"])
-    assert (response.status_code, response.json) == (200, first.json)
-    assert (is_replayed(first), is_replayed(response)) == (False, True)
-    assert edit(repeater, conversation_id, question["id"], "Other").status_code == 409
-    assert bot.calls == 2
+@pytest.mark.parametrize("text", ["Edited", "Hello"], ids=["other text", "same text"])
+def test_repeated_edit_returns_stored_exchange(ada, bot, conversation_id, second_client, text):
+    edit = (conversation_id, ada.send_message(conversation_id).json[0]["id"])
+    first, repeated = (client.edit_message(*edit, text, headers=KEY) for client in (ada, second_client))
+    assert get_answer(repeated) == (200, first.json)
+    assert (is_replayed(first), is_replayed(repeated), bot.calls) == (False, True, 2)
+    assert second_client.edit_message(*edit, "Other", headers=KEY).status_code == 409
 
 
 def test_key_of_an_edited_message_goes_on_belonging_to_it(ada, bot, conversation_id):
@@ -247,53 +207,46 @@ def test_key_of_an_edited_message_goes_on_belonging_to_it(ada, bot, conversation
 # Repeats while the reply is in progress
 
 
-def test_repeat_while_reply_is_in_progress_joins_it(ada, bot, conversation_id, repeater):
-    bot.gate.clear()
+def test_repeat_while_reply_is_in_progress_joins_it(ada, bot, gate, conversation_id, second_client):
+    gate.clear()
     exchange = send(ada, conversation_id, headers=ASYNC).json
-    repeated = send(repeater, conversation_id, headers=ASYNC)
-    assert (repeated.status_code, is_replayed(repeated)) == (202, False)
-    assert get_ids(repeated.json) == get_ids(exchange)
-    clients = [create_other_client(repeater) for _ in range(2)]
+    repeated = send(second_client, conversation_id, headers=ASYNC)
+    assert (repeated.status_code, is_replayed(repeated), get_ids(repeated.json)) == (202, False, get_ids(exchange))
+    other = create_other_client(second_client)
     with run_in_background(
-        lambda: send(clients[0], conversation_id), lambda: send(clients[1], conversation_id, headers=STREAM)
+        lambda: send(second_client, conversation_id), lambda: send(other, conversation_id, headers=STREAM)
     ) as [waiting, streaming]:
-        bot.gate.set()
+        gate.set()
     exchange = ada.list_messages(conversation_id)
     assert get_texts(exchange) == ["Hello", "Reply 1!"]
     assert get_answer(waiting.result()) == (201, exchange)
     assert get_exchange(streaming.result()) == exchange
-    assert join_deltas(read_events(streaming.result())) == "Reply 1!"
-    assert bot.calls == 1
+    assert (join_deltas(read_events(streaming.result())), bot.calls) == ("Reply 1!", 1)
 
 
-def create_clients(client, other_app, count):
-    """Return clients with the same session, alternately at two processes."""
-    return [create_other_client(client, other_app if number % 2 else None) for number in range(count)]
+@pytest.fixture
+def clients(ada, other_process):
+    """Clients with the session of ada, alternately at two processes."""
+    return [create_other_client(client) for client in (ada, other_process) * 4]
 
 
 @each_way
-def test_concurrent_sends_with_one_key_ask_bot_once(ada, bot, conversation_id, other_app, headers):
-    clients = create_clients(ada, other_app, 8)
+def test_concurrent_sends_with_one_key_ask_bot_once(ada, bot, conversation_id, clients, headers):
     responses = run_concurrently(8, lambda number: send(clients[number], conversation_id, headers=headers))
     exchange = wait_for_end(ada, conversation_id)
     assert [get_ids(get_exchange(response)) for response in responses] == [get_ids(exchange)] * 8
-    assert len(exchange) == 2
-    assert bot.calls == 1
+    assert (len(exchange), bot.calls) == (2, 1)
 
 
-def test_concurrent_sends_with_one_key_to_failing_bot_never_overlap(ada, bot, conversation_id, other_app):
-    clients = create_clients(ada, other_app, 8)
-    for attempt in range(5):
-        bot.failures = [BotError("down")] * 8
+def test_concurrent_sends_with_one_key_to_failing_bot_never_overlap(ada, bot, conversation_id, clients):
+    bot.failures = [BotError("down")] * 24
 
-        def send_until_done(number, key=str(attempt)):
-            """Repeat a send as long as the bot fails; return the exchange."""
-            while (response := send(clients[number], conversation_id, key=key)).status_code == 502:
-                """Send again."""
-            assert response.status_code == 201, response.json
-            return response.json
+    def send_until_done(number):
+        """Repeat a send as long as the bot fails; return the exchange."""
+        while (response := send(clients[number], conversation_id)).status_code == 502:
+            """Send again."""
+        assert response.status_code == 201, response.json
+        return response.json
 
-        exchanges = run_concurrently(8, send_until_done)
-        assert exchanges == [ada.list_messages(conversation_id)[-2:]] * 8
-    assert len(ada.list_messages(conversation_id)) == 10
-    assert bot.most_running == 1
+    exchanges = run_concurrently(8, send_until_done)
+    assert (exchanges, bot.most_running) == ([ada.list_messages(conversation_id)] * 8, 1)

@@ -4,22 +4,17 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from functools import partial
 
 import psycopg
 import pytest
 from flask import abort
-from sqlalchemy import insert
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
-from app.models import Message
 from tests.conftest import (
     PASSWORD,
-    REPLY_INTERVALS,
     SERVER_URL,
     SHARED_SESSIONS,
     create_logged_in_client,
@@ -29,8 +24,10 @@ from tests.conftest import (
 from tests.helpers.bots import (
     ASYNC,
     STREAM,
+    WAYS,
     Gate,
     each_way,
+    join_deltas,
     read_events,
     start_reply,
     wait_for_end,
@@ -42,7 +39,6 @@ from tests.helpers.data import (
     add_conversations,
     age_heartbeats,
     count_messages,
-    execute,
     get_answer,
     get_texts,
 )
@@ -58,13 +54,19 @@ def app(make_app, bot):
     return make_app(bot, **SHARED_SESSIONS)
 
 
+@contextmanager
+def sending(client, conversation_id, text, headers=None):
+    """Send a message in the background and wait until its reply has a text; yield the future of the response."""
+    sender = create_other_client(client)
+    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [response]:
+        wait_until(lambda: text in get_texts(client.list_messages(conversation_id)))
+        yield response
+
+
 # Sending
 
 
-@pytest.mark.parametrize(
-    "preference",
-    ["respond-async", "Respond-Async, wait=10", "wait=10,respond-async; x"],
-)
+@pytest.mark.parametrize("preference", ["respond-async", "Respond-Async, wait=10", "wait=10,respond-async; x"])
 def test_send_with_respond_async_returns_202_and_reply_in_progress(ada, bot, gate, conversation_id, preference):
     bot.steps = [gate.wait, "Hello"]
     response = ada.send_message(conversation_id, headers={"Prefer": preference})
@@ -84,13 +86,6 @@ def test_send_with_other_preference_waits(ada, conversation_id, preference):
     assert (response.status_code, "Preference-Applied" in response.headers) == (201, False)
 
 
-def test_send_stores_both_messages_before_bot_is_asked(ada, bot, conversation_id):
-    client, stored = create_other_client(ada), []
-    bot.steps = [lambda: stored.extend(client.list_messages(conversation_id)), "Hello"]
-    question, reply = ada.send_message(conversation_id).json
-    assert stored == [question, {**reply, "text": "", "status": "in_progress"}]
-
-
 def test_concurrent_sends_are_stored_as_exchanges_in_turn(ada, bot, conversation_id):
     clients = [create_other_client(ada) for _ in range(8)]
     all_called = threading.Barrier(8)
@@ -99,42 +94,6 @@ def test_concurrent_sends_are_stored_as_exchanges_in_turn(ada, bot, conversation
     assert {response.status_code for response in responses} == {201}
     exchanges = sorted((response.json for response in responses), key=lambda exchange: exchange[0]["id"])
     assert ada.list_messages(conversation_id) == [message for exchange in exchanges for message in exchange]
-
-
-def test_send_during_a_reply_is_stored_after_it(ada, bot, gate, conversation_id):
-    bot.scripts = {"First": ["One ", gate.wait, "two"], "Second": ["Three"]}
-    start_reply(ada, conversation_id, "First")
-    second = ada.send_message(conversation_id, "Second").json
-    gate.set()
-    messages = wait_for_end(ada, conversation_id)
-    assert get_texts(messages) == ["First", "One two", "Second", "Three"]
-    assert messages[2:] == second
-
-
-def test_send_to_an_archived_conversation_brings_it_back(ada, conversation_id):
-    path = f"/api/conversations/{conversation_id}"
-    assert ada.patch(path, json={"archived": True}).json["archived"]
-    ada.send_message(conversation_id)
-    assert not ada.get(path).json["archived"]
-    assert ada.list_conversations(archived="true") == []
-
-
-INVALID_SENDS = {
-    "no JSON": ({"data": "{", "content_type": "application/json"}, 400),
-    "no text": ({"json": {}}, 400),
-    "blank": ({"json": {"text": " \u200b"}}, 400),
-    "too long": ({"json": {"text": "x" * 100_001}}, 400),
-    "another type": ({"data": "text=Hello", "content_type": "text/plain"}, 415),
-}
-
-
-@pytest.mark.parametrize(("request_body", "status"), INVALID_SENDS.values(), ids=INVALID_SENDS)
-@each_way
-@on_sqlite
-def test_send_of_invalid_body_returns_error_as_json(app, ada, bot, conversation_id, headers, request_body, status):
-    response = ada.post(f"/api/conversations/{conversation_id}/messages", headers=headers, **request_body)
-    assert (response.status_code, list(response.json)) == (status, ["error"])
-    assert (count_messages(app), bot.histories) == (0, [])
 
 
 CALLS_ON_MESSAGES = {
@@ -148,44 +107,30 @@ CALLS_ON_MESSAGES = {
 
 
 @pytest.mark.parametrize("call", CALLS_ON_MESSAGES.values(), ids=CALLS_ON_MESSAGES)
-def test_call_on_missing_or_foreign_message_returns_404(ada, bob, client, bot, conversation_id, call):
-    question, reply = ada.send_message(conversation_id).json
-    foreign = bob.send_message(foreign_id := bob.create_conversation()).json[0]
-    assert get_answer(call(bob, conversation_id, question["id"])) == (404, {"error": "Conversation not found"})
-    assert get_answer(call(ada, foreign_id, foreign["id"])) == (404, {"error": "Conversation not found"})
-    assert get_answer(call(ada, 999, question["id"])) == (404, {"error": "Conversation not found"})
-    for ids in ((conversation_id, foreign["id"]), (ada.create_conversation(), question["id"]), (conversation_id, 999)):
+def test_call_on_message_that_is_not_in_the_conversation_returns_404(ada, bob, bot, conversation_id, call):
+    exchange = ada.send_message(conversation_id).json
+    foreign = bob.send_message(bob.create_conversation()).json[0]
+    others_id = ada.create_conversation()
+    for ids in ((conversation_id, foreign["id"]), (others_id, exchange[0]["id"]), (conversation_id, 999)):
         assert get_answer(call(ada, *ids)) == (404, {"error": "Message not found"})
-    assert get_answer(bob.send_message(conversation_id)) == (404, {"error": "Conversation not found"})
-    assert call(client, conversation_id, question["id"]).status_code == 401
-    assert ada.list_messages(conversation_id) == [question, reply]
-    assert len(bot.histories) == 2
+    assert (ada.list_messages(conversation_id), len(bot.histories)) == (exchange, 2)
 
 
 # The bot
 
 
-ITERABLES = {"list": lambda: ["One ", "two"], "iterator": lambda: iter(("One ", "two")), "text": lambda: "One two"}
-
-
-@pytest.mark.parametrize("iterable", ITERABLES.values(), ids=ITERABLES)
+@pytest.mark.parametrize("to_iterable", [list, iter, "".join])
 @on_sqlite
-def test_bot_may_return_any_iterable(make_app, iterable):
-    client = create_logged_in_client(make_app(lambda history, **kwargs: iterable()), "ada")
+def test_bot_may_return_any_iterable(make_app, to_iterable):
+    client = create_logged_in_client(make_app(lambda history, **kwargs: to_iterable(["One ", "two"])), "ada")
     assert client.send_message(client.create_conversation()).json[1]["text"] == "One two"
 
 
 def test_bot_is_called_with_user_and_conversation(make_app):
-    calls = []
-
-    def bot(history, user_id, conversation_id):
-        calls.append((history[-1], user_id, conversation_id))
-        return ["Hello"]
-
-    client = create_logged_in_client(make_app(bot), "ada")
-    conversation_id = client.create_conversation()
-    client.send_message(conversation_id, "Hi")
-    assert calls == [(("user", "Hi"), client.user_id, conversation_id)]
+    client = create_logged_in_client(make_app(lambda history, **kwargs: [repr(kwargs)]), "ada")
+    _, conversation_id = client.create_conversation(), client.create_conversation()
+    _, reply = client.send_message(conversation_id).json
+    assert reply["text"] == repr({"user_id": client.user_id, "conversation_id": conversation_id})
 
 
 def test_history_has_messages_with_text_and_no_question_of_a_failed_reply_without(ada, bot, gate, conversation_id):
@@ -219,18 +164,11 @@ def test_history_has_messages_with_text_and_no_question_of_a_failed_reply_withou
 def test_history_has_at_most_bot_history_chars(make_app, bot):
     client = create_logged_in_client(make_app(bot, BOT_HISTORY_CHARS=1000), "ada")
     conversation_id = client.create_conversation()
-    for number in range(10):
+    bot.steps = ["x" * 100]
+    for number in range(5):
         client.send_message(conversation_id, f"{number}" * 300)
-    assert max(sum(len(text) for _, text in history) for history in bot.histories) <= 1000
-    assert bot.histories[-1][-1] == ("user", "9" * 300)
-    assert ("user", "8" * 300) in bot.histories[-1]
-
-
-def test_history_leaves_out_a_blank_reply_of_an_earlier_version_of_the_program(app, ada, bot, conversation_id):
-    _, reply = ada.send_message(conversation_id, "First").json
-    execute(app, "UPDATE message SET text = :text WHERE id = :id", text="\u200b", id=reply["id"])
-    ada.send_message(conversation_id, "Second")
-    assert bot.histories[-1] == [("user", "First"), ("user", "Second")]
+    exchange = [("user", "3" * 300), ("bot", "x" * 100)]
+    assert bot.histories[-1] == [("bot", "x" * 100), *exchange, ("user", "4" * 300)]
 
 
 def test_history_has_at_most_200_messages_before_the_new_one(app, ada, bot):
@@ -254,30 +192,37 @@ ENDS = {
     "surrogate pairs over two chunks": (["\ud83d", "\ude42 One \ud83d", "\ude42"], None, "🙂 One 🙂"),
     "half a surrogate pair at the end": (["One", "\ud83d"], None, "One"),
 }
-LATE_FAILURES = {
-    "failed": (["One ", "two", BotError("secret")], "The bot failed to answer", "One two"),
-    "timed out": (["One ", BotTimeout("secret")], "The bot took too long to answer", "One "),
-    "bug": (["One ", ZeroDivisionError("secret")], "Internal server error", "One "),
-}
 
 
 @pytest.mark.parametrize(("steps", "status", "text"), ENDS.values(), ids=ENDS)
-def test_reply_is_stored_with_text_and_status(ada, bot, conversation_id, steps, status, text):
-    bot.steps = steps
-    response = ada.send_message(conversation_id)
-    assert (response.status_code, response.json) == (201, ada.list_messages(conversation_id))
-    reply = response.json[1]
-    assert (reply["text"], reply.get("status"), "error" in reply) == (text, status, False)
-    assert ("status" in reply) == (status is not None)
-
-
-@pytest.mark.parametrize(("steps", "sentence", "text"), LATE_FAILURES.values(), ids=LATE_FAILURES)
-@each_way
-def test_failure_after_first_chunk_keeps_text_and_reason(ada, bot, conversation_id, headers, steps, sentence, text):
+@waiting_or_streaming
+def test_reply_is_stored_with_text_and_status(ada, bot, conversation_id, headers, steps, status, text):
     bot.steps = steps
     response = ada.send_message(conversation_id, headers=headers)
+    _, reply = exchange = ada.list_messages(conversation_id)
+    complete = {"id": reply["id"], "sender": "bot", "text": text, "created_at": reply["created_at"]}
+    assert reply == complete | ({"status": status} if status else {})
+    if headers == {}:
+        assert get_answer(response) == (201, exchange)
+    else:
+        events = read_events(response)
+        assert (join_deltas(events), events[-1][:2]) == (text, ("done", exchange))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (BotError("secret"), "The bot failed to answer"),
+        (BotTimeout("secret"), "The bot took too long to answer"),
+        (ZeroDivisionError("secret"), "Internal server error"),
+    ],
+)
+@each_way
+def test_failure_after_first_chunk_keeps_text_and_reason(ada, bot, conversation_id, headers, error, sentence):
+    bot.steps = ["One ", "two", error]
+    response = ada.send_message(conversation_id, headers=headers)
     _, reply = messages = wait_for_end(ada, conversation_id)
-    assert (reply["text"], reply["status"], reply["error"]) == (text, "failed", sentence)
+    assert (reply["text"], reply["status"], reply["error"]) == ("One two", "failed", sentence)
     if headers == {}:
         assert get_answer(response) == (201, messages)
     elif headers == STREAM:
@@ -332,22 +277,18 @@ def test_bot_that_returns_no_iterable_fails(ada, conversation_id, bot):
     assert ada.list_messages(conversation_id)[1]["status"] == "failed"
 
 
-@pytest.mark.parametrize("steps", [[ZeroDivisionError("a bug")], ["One ", ZeroDivisionError("a bug")]])
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), BotError("status 500")], ids=repr)
+@pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
 @waiting_or_streaming
-def test_bug_of_bot_is_logged_once_with_traceback_and_request_id(ada, bot, conversation_id, caplog, headers, steps):
-    bot.steps = steps
+def test_failure_is_logged_once_with_request_id_and_a_traceback_if_it_is_a_bug(
+    ada, bot, conversation_id, caplog, headers, text, error
+):
+    bot.steps = [text, error]
     response = ada.send_message(conversation_id, headers=headers)
-    [record] = [record for record in caplog.records if record.exc_info]
-    assert record.exc_info[0] is ZeroDivisionError
+    [record] = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert record.request_id == response.headers["X-Request-ID"]
-
-
-def test_failure_of_bot_is_logged_without_traceback(ada, bot, conversation_id, caplog):
-    bot.steps = [BotError("status 500")]
-    response = ada.send_message(conversation_id)
-    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert record.getMessage() == "The bot failed: BotError: status 500"
-    assert (record.request_id, record.exc_info) == (response.headers["X-Request-ID"], None)
+    assert str(error) in caplog.text
+    assert ("Traceback" in caplog.text) == isinstance(error, ZeroDivisionError)
 
 
 def test_database_error_of_a_bot_is_logged_without_its_text(app, ada, bot, conversation_id, caplog):
@@ -384,46 +325,34 @@ def test_reply_goes_on_without_its_sender(ada, bot, gate, conversation_id):
 
 
 @waiting_or_streaming
-def test_reply_goes_on_after_end_of_session(app, ada, bot, gate, conversation_id, headers):
+def test_reply_goes_on_after_end_of_session(ada, bot, gate, conversation_id, headers):
     bot.steps = ["One ", gate.wait, "two"]
-    sender = create_other_client(ada)
-    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
-        wait_until(lambda: "One " in get_texts(ada.list_messages(conversation_id)))
+    with sending(ada, conversation_id, "One ", headers) as response:
         ada.logout()
         gate.set()
-    messages = sending.result().json if headers == {} else read_events(sending.result())[-1][1]
+    messages = response.result().json if headers == {} else read_events(response.result())[-1][1]
     assert get_texts(messages) == ["Hello", "One two"]
 
 
-def delete_conversation(client, conversation_id):
-    assert client.delete(f"/api/conversations/{conversation_id}").status_code == 204
-
-
-def delete_account(client, conversation_id):
-    assert client.delete("/api/account", json={"password": PASSWORD}).status_code == 204
-
-
-each_deletion = pytest.mark.parametrize("delete", [delete_conversation, delete_account])
+each_deletion = pytest.mark.parametrize("path", ["/api/conversations/1", "/api/account"])
 
 
 @each_deletion
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
-def test_deletion_ends_reply(app, ada, bot, conversation_id, second_client, delete, text):
+def test_deletion_ends_reply(app, ada, bot, conversation_id, second_client, path, text):
     bot.steps = [text, *SILENT]
-    sender = create_other_client(ada)
-    with run_in_background(lambda: sender.send_message(conversation_id)) as [sending]:
-        wait_until(lambda: bot.histories)
-        delete(second_client, conversation_id)
-        assert get_answer(sending.result(TIMEOUT)) == (404, {"error": "Conversation not found"})
+    with sending(ada, conversation_id, text) as response:
+        assert second_client.delete(path, json={"password": PASSWORD}).status_code == 204
+        assert get_answer(response.result(TIMEOUT)) == (404, {"error": "Conversation not found"})
     wait_until(lambda: bot.closed)
     assert count_messages(app) == 0
 
 
 @each_deletion
 @waiting_or_streaming
-def test_deletion_just_before_end_of_reply_leaves_nothing(app, ada, bot, conversation_id, delete, headers):
+def test_deletion_just_before_end_of_reply_leaves_nothing(app, ada, bot, conversation_id, path, headers):
     client = create_other_client(ada)
-    bot.steps = ["One ", lambda: delete(client, conversation_id)]
+    bot.steps = ["One ", lambda: client.delete(path, json={"password": PASSWORD})]
     response = ada.send_message(conversation_id, headers=headers)
     if headers == {}:
         assert get_answer(response) == (404, {"error": "Conversation not found"})
@@ -434,9 +363,8 @@ def test_deletion_just_before_end_of_reply_leaves_nothing(app, ada, bot, convers
 
 def test_replies_leave_no_thread_behind(ada, bot, conversation_id):
     threads = set(threading.enumerate())
-    bot.scripts = {"fail": [BotError("down")], "cut": ["One ", BotError("cut")], "bug": [ZeroDivisionError("a bug")]}
-    for text in ("Hello", "fail", "cut", "bug"):
-        ada.send_message(conversation_id, text)
+    bot.scripts = {"cut": ["One ", BotError("cut")], "bug": [ZeroDivisionError("a bug")]}
+    for text in ("Hello", "cut", "bug"):
         with ada.send_message(conversation_id, text, headers=STREAM, buffered=False):
             """Close the stream without reading it."""
         ada.send_message(conversation_id, text, headers=ASYNC)
@@ -470,39 +398,25 @@ def test_call_holds_no_database_connection_while_bot_is_silent(app, ada, bot, ga
 # Stop
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["id of the question", "id of the reply"])
-def test_stop_returns_reply_as_stored(ada, bot, gate, conversation_id, second_client, index):
-    bot.steps = ["One ", gate.wait, "two"]
-    question, reply = exchange = start_reply(ada, conversation_id)
-    wait_for_text(ada, conversation_id, reply["id"], "One ")
-    response = second_client.stop_reply(conversation_id, exchange[index]["id"])
-    assert get_answer(response) == (200, {**reply, "text": "One ", "status": "stopped"})
-    assert ada.list_messages(conversation_id) == [question, response.json]
-    time.sleep(0.3)  # the process that generates the reply has noticed
-    gate.set()
-    wait_until(lambda: bot.closed)
-    assert ada.list_messages(conversation_id) == [question, response.json]
-
-
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
 @waiting_or_streaming
-def test_stop_returns_exchange_to_sender(ada, bot, conversation_id, second_client, headers, text):
+def test_stop_returns_reply_as_stored_and_the_exchange_to_its_sender(
+    ada, bot, conversation_id, second_client, headers, text
+):
     bot.steps = [text, *SILENT]
-    sender = create_other_client(ada)
-    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
-        question, reply = wait_until(lambda: ada.list_messages(conversation_id))
-        wait_for_text(ada, conversation_id, reply["id"], text)
-        stopped = second_client.stop_reply(conversation_id, reply["id"]).json
+    with sending(ada, conversation_id, text, headers) as response:
+        question, reply = ada.list_messages(conversation_id)
+        stopped = {**reply, "text": text, "status": "stopped"}
+        assert get_answer(second_client.stop_reply(conversation_id, reply["id"])) == (200, stopped)
     if headers == {}:
-        assert get_answer(sending.result()) == (201, [question, stopped])
+        assert get_answer(response.result()) == (201, [question, stopped])
     else:
-        assert read_events(sending.result())[-1][:2] == ("done", [question, stopped])
-    assert (stopped["text"], stopped["status"]) == (text, "stopped")
+        assert read_events(response.result())[-1][:2] == ("done", [question, stopped])
+    wait_until(lambda: bot.closed)
+    assert ada.list_messages(conversation_id) == [question, stopped]
 
 
-@pytest.mark.parametrize(
-    "steps", [["One"], ["One ", BotError("cut")], [BotError("down")], ["One ", BotTruncated("limit")]]
-)
+@pytest.mark.parametrize("steps", [["One"], ["One ", BotError("cut")], [BotError("down")]])
 def test_stop_of_reply_that_is_over_returns_it_unchanged(ada, bot, conversation_id, second_client, steps):
     bot.steps = steps
     ada.send_message(conversation_id)
@@ -513,13 +427,10 @@ def test_stop_of_reply_that_is_over_returns_it_unchanged(ada, bot, conversation_
 
 
 class BlockingSource:
-    """A bot whose iterable blocks until it is cancelled; optionally, its close() and cancel() raise an error."""
+    """What a bot returns: it blocks until it is cancelled, and its close() and cancel() raise an error."""
 
-    def __init__(self, error=None):
+    def __init__(self, error):
         self.cancelled, self.closed, self.error = Gate(), Gate(), error
-
-    def __call__(self, history, **kwargs):
-        return self
 
     def __iter__(self):
         yield "One "
@@ -528,22 +439,18 @@ class BlockingSource:
 
     def close(self):
         self.closed.set()
-        self.fail()
+        raise self.error
 
     def cancel(self):
         self.cancelled.set()
-        self.fail()
-
-    def fail(self):
-        if self.error:
-            raise self.error
+        raise self.error
 
 
-@pytest.mark.parametrize("error", [None, ZeroDivisionError("a bug"), BotError("cut"), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), BotError("cut"), SystemExit(1)], ids=repr)
 @pytest.mark.parametrize("is_stopped", [True, False], ids=["stopped", "complete"])
 def test_end_of_reply_cancels_and_closes_what_bot_returned(make_app, error, is_stopped):
     source = BlockingSource(error)
-    client = create_logged_in_client(make_app(source), "ada")
+    client = create_logged_in_client(make_app(lambda history, **kwargs: source), "ada")
     conversation_id = client.create_conversation()
     _, reply = start_reply(client, conversation_id)
     wait_for_text(client, conversation_id, reply["id"], "One ")
@@ -556,44 +463,20 @@ def test_end_of_reply_cancels_and_closes_what_bot_returned(make_app, error, is_s
 # Several processes
 
 
-def test_other_process_sees_reply_grow_and_end(ada, bot, gate, conversation_id, other_process):
-    bot.steps = ["One ", gate.wait, "two"]
-    question, reply = start_reply(ada, conversation_id)
-    wait_for_text(other_process, conversation_id, reply["id"], "One ")
-    assert other_process.list_messages(conversation_id) == [question, {**reply, "text": "One "}]
-    gate.set()
-    assert get_texts(wait_for_end(other_process, conversation_id)) == ["Hello", "One two"]
+PATHS = ["", "?limit=10", "?q=Conversation", "/1", "/1/messages", "/1/messages/2", "/1/messages/2/versions"]
 
 
-def test_other_processes_see_a_reply_grow_and_stop_it_within_a_second():
-    save_interval, poll_interval = REPLY_INTERVALS
-    assert save_interval <= 1
-    assert poll_interval <= 0.5
-
-
-PATHS = {
-    "list": "/api/conversations",
-    "page": "/api/conversations?limit=10&order=recent",
-    "search": "/api/conversations?q=Conversation",
-    "conversation": "/api/conversations/{0}",
-    "messages": "/api/conversations/{0}/messages",
-    "message": "/api/conversations/{0}/messages/{1}",
-    "versions": "/api/conversations/{0}/messages/{1}/versions",
-}
-
-
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_reply_of_killed_process_is_failed(app, ada, conversation_id, other_process, path):
-    _, reply_id = add_abandoned_exchange(app, conversation_id, seconds=0)
-    path = path.format(conversation_id, reply_id)
-    first = ada.get(path)
+    add_abandoned_exchange(app, conversation_id, seconds=0)
+    first = ada.get(f"/api/conversations{path}")
     assert '"status":"in_progress"' in first.text.replace(" ", "")
     age_heartbeats(app, 31)
-    response = other_process.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    etag = first.headers.get("ETag", "")
+    response = other_process.get(f"/api/conversations{path}", headers={"If-None-Match": etag})
     assert response.status_code == 200
     assert f'"status":"failed","error":"{STOPPED}"' in response.text.replace(": ", ":").replace(", ", ",")
-    assert "One " in response.text
-    assert other_process.get(path, headers={"If-None-Match": response.headers["ETag"]}).status_code == 304
+    assert '"One "' in response.text
 
 
 @pytest.mark.parametrize("text", ["One ", ""])
@@ -609,57 +492,41 @@ def test_calls_on_reply_of_killed_process(app, ada, conversation_id, other_proce
     assert other_bot.histories == [[*before, ("user", "Again")], [("user", "Killed")]]
 
 
-def test_follower_of_reply_of_a_process_that_is_killed_gets_its_end(
-    app, ada, conversation_id, other_process, monkeypatch
-):
-    monkeypatch.setattr("app.replies.HEARTBEAT_INTERVAL", 0.1)  # between two looks for such replies
-    _, reply_id = add_abandoned_exchange(app, conversation_id, seconds=0)
-    with run_in_background(lambda: other_process.follow_reply(conversation_id, reply_id)) as [following]:
-        time.sleep(0.2)  # it follows, and no other request comes
-        age_heartbeats(app, 31)
-        assert read_events(following.result(TIMEOUT))[-1] == ("error", {"error": STOPPED}, f"{reply_id} 4 end")
-
-
 @pytest.mark.parametrize("text", ["One ", ""], ids=["after the first chunk", "before the first chunk"])
 @waiting_or_streaming
 def test_process_that_was_taken_for_dead_loses_its_reply(app, ada, bot, conversation_id, other_process, headers, text):
     bot.steps = [text, *SILENT]
-    sender = create_other_client(ada)
-    with run_in_background(lambda: sender.send_message(conversation_id, headers=headers)) as [sending]:
-        _, reply = wait_until(lambda: ada.list_messages(conversation_id))
-        wait_for_text(ada, conversation_id, reply["id"], text)
+    with sending(ada, conversation_id, text, headers) as response:
         age_heartbeats(app, 31)
         messages = other_process.list_messages(conversation_id)
-    assert messages[1] == {**reply, "text": text, "status": "failed", "error": STOPPED}
+    assert (messages[1]["text"], messages[1]["status"], messages[1]["error"]) == (text, "failed", STOPPED)
     if headers == STREAM and text:
-        assert read_events(sending.result())[-1][:2] == ("error", {"error": STOPPED})
+        assert read_events(response.result())[-1][:2] == ("error", {"error": STOPPED})
     else:
-        assert get_answer(sending.result()) == ((201, messages) if text else (503, {"error": STOPPED}))
+        assert get_answer(response.result()) == ((201, messages) if text else (503, {"error": STOPPED}))
     wait_until(lambda: bot.closed)
     assert ada.list_messages(conversation_id) == messages
 
 
 @on_sqlite
 def test_read_succeeds_if_abandoned_replies_cannot_be_ended_now(
-    app, ada, conversation_id, database, other_process, monkeypatch, caplog
+    app, ada, conversation_id, database, other_process, monkeypatch
 ):
     monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", 0)
     _, reply_id = add_abandoned_exchange(app, conversation_id)
     with database_unavailable(database):
         assert other_process.get_message(conversation_id, reply_id).json["text"] == "One "
-    assert "Abandoned replies cannot be ended now" in caplog.text
 
 
 def test_shutdown_stores_replies_in_progress_as_failed(app, ada, bot, gate, conversation_id):
     bot.scripts = {"silent": [gate.wait]}
     bot.steps = ["One ", gate.wait, "two"]
     silent = start_reply(ada, conversation_id, "silent")
-    with run_in_background(lambda: create_other_client(ada).send_message(conversation_id, "growing")) as [sending]:
-        wait_until(lambda: "One " in get_texts(ada.list_messages(conversation_id)))
+    with sending(ada, conversation_id, "One ") as response:
         app.extensions["replies"].shutdown(timeout=0)
     messages = ada.list_messages(conversation_id)
     assert messages[:2] == [silent[0], {**silent[1], "status": "failed", "error": STOPPED}]
-    assert get_answer(sending.result()) == (201, messages[2:])
+    assert get_answer(response.result()) == (201, messages[2:])
     assert (messages[3]["text"], messages[3]["status"], messages[3]["error"]) == ("One ", "failed", STOPPED)
 
 
@@ -684,11 +551,10 @@ def test_one_reply_more_than_max_concurrent_replies_returns_429(make_app, bot):
     question, _ = ada.send_message(conversation_id, "complete").json
     bot.scripts = {"slow": ["One ", *SILENT]}
     slow = [start_reply(ada, conversation_id, "slow") for _ in range(2)]
-    for headers in ({}, STREAM, ASYNC):
-        response = ada.send_message(conversation_id, headers=headers)
+    responses = [ada.send_message(conversation_id, headers=headers) for headers in WAYS.values()]
+    for response in (*responses, ada.edit_message(conversation_id, question["id"], "Edited")):
         assert (response.status_code, list(response.json)) == (429, ["error"])
         assert int(response.headers["Retry-After"]) > 0
-    assert ada.edit_message(conversation_id, question["id"], "Edited").status_code == 429
     assert get_texts(ada.list_messages(conversation_id))[::2] == ["complete", "slow", "slow"]
     assert bob.send_message(bob.create_conversation()).status_code == 201
     ada.stop_reply(conversation_id, slow[0][1]["id"])
@@ -714,33 +580,33 @@ def database_unavailable(url):
             connection.execute("BEGIN IMMEDIATE")
             yield
         return
-    name = make_url(url).database
+    name, connections = make_url(url).database, "FROM pg_stat_activity WHERE datname = %s AND usename = user"
     with psycopg.connect(SERVER_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
         connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         try:
-            query = (
-                "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = %s AND usename = user"
-            )
-            connection.execute(query, [name])
+            connection.execute(f"SELECT pg_terminate_backend(pid, 60000) {connections}", [name])
             yield
         finally:
             connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+@contextmanager
+def ending_without_database(bot, gate, client, conversation_id, database, headers):
+    """Make the database unavailable during a reply and let that end; yield the future of the sender's response."""
+    bot.steps = ["One ", gate.wait, "two"]
+    with sending(client, conversation_id, "One ", headers) as response, database_unavailable(database):
+        gate.set()
+        yield response
 
 
 @waiting_or_streaming
 def test_reply_that_ends_while_database_is_unavailable_is_stored_afterwards(
     ada, bot, gate, conversation_id, database, headers, caplog
 ):
-    bot.steps = ["One ", gate.wait, "two"]
-    client = create_other_client(ada)
-    with run_in_background(lambda: client.send_message(conversation_id, headers=headers)) as [sending]:
-        wait_until(lambda: "One " in get_texts(ada.list_messages(conversation_id)))
-        with database_unavailable(database):
-            gate.set()
-            time.sleep(1)
-            assert not sending.done()  # nothing is told before it is stored
-    response = sending.result()
-    messages = response.json if headers == {} else read_events(response)[-1][1]
+    with ending_without_database(bot, gate, ada, conversation_id, database, headers) as response:
+        time.sleep(1)
+        assert not response.done()  # nothing is told before it is stored
+    messages = response.result().json if headers == {} else read_events(response.result())[-1][1]
     assert get_texts(messages) == ["Hello", "One two"]
     assert ada.list_messages(conversation_id) == messages
     assert "Traceback" not in caplog.text
@@ -751,13 +617,8 @@ def test_follower_is_told_when_end_of_reply_cannot_be_stored(
     ada, bot, gate, conversation_id, database, headers, monkeypatch
 ):
     monkeypatch.setattr("app.replies.STORE_TIMEOUT", 0.5)
-    bot.steps = ["One ", gate.wait, "two"]
-    client = create_other_client(ada)
-    with run_in_background(lambda: client.send_message(conversation_id, headers=headers)) as [sending]:
-        wait_until(lambda: "One " in get_texts(ada.list_messages(conversation_id)))
-        with database_unavailable(database):
-            gate.set()
-            response = sending.result(TIMEOUT)
+    with ending_without_database(bot, gate, ada, conversation_id, database, headers) as sent:
+        response = sent.result(TIMEOUT)
     unavailable = {"error": "The database is unavailable, try again later"}
     if headers == {}:
         assert get_answer(response) == (503, unavailable)
@@ -765,24 +626,3 @@ def test_follower_is_told_when_end_of_reply_cannot_be_stored(
     else:
         assert read_events(response)[-1] == ("error", unavailable, None)
     assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
-
-
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-VALID_ROW = {"sender": "user", "text": "", "created_at": NOW, "status": "complete"}
-INVALID_ROWS = {
-    "unknown sender": {"sender": "tool"},
-    "unknown status": {"sender": "bot", "status": "unknown"},
-    "user's message in progress": {"status": "in_progress", "heartbeat_at": NOW},
-    "in progress without heartbeat": {"sender": "bot", "status": "in_progress"},
-    "complete with heartbeat": {"sender": "bot", "heartbeat_at": NOW},
-    "no status": {"sender": "bot", "status": None},
-    "no conversation": {"conversation_id": 999},
-    "no parent": {"parent_id": 999},
-}
-
-
-@pytest.mark.parametrize("values", INVALID_ROWS.values(), ids=INVALID_ROWS)
-def test_database_refuses_invalid_message(app, conversation_id, values):
-    statement = insert(Message.__table__).values({**VALID_ROW, "conversation_id": conversation_id, **values})
-    with app.app_context(), db.engine.begin() as connection, pytest.raises(IntegrityError):
-        connection.execute(statement)

@@ -9,7 +9,7 @@ BOT_ERRORS = {
     "silent": BotTimeout("the cause"),
     "too long": BotMessageTooLong("the cause"),
 }
-STATUSES = [200, 200, 302, 304, 201, 202, 200, 204, 200, 400, 400, 401, 403, 404, 404, 405, 413, 413, 415, 401, 429]
+STATUSES = [200, 302, 304, 201, 202, 200, 204, 200, 400, 401, 403, 404, 405, 413, 413, 415, 401, 429]
 STATUSES += [500, 502, 503, 504]
 
 
@@ -35,7 +35,6 @@ def request_every_status(app, **headers):
     for each in (client, other_client):
         each.environ_base.update({f"HTTP_{name.upper()}": value for name, value in headers.items()})
     return [
-        client.get("/api/test"),
         client.get("/api/conversations"),
         client.get("/"),
         client.get(path, headers={"If-None-Match": etag}),
@@ -45,10 +44,8 @@ def request_every_status(app, **headers):
         client.delete("/api/conversations/2"),
         client.options(path, headers={"Access-Control-Request-Method": "PUT"}),
         client.post("/api/conversations", json={}),
-        client.get("/api/conversations?limit=0"),
         other_client.get("/api/conversations"),
         client.post("/api/logout/2"),
-        client.delete("/api/conversations/99"),
         client.get("/unknown"),
         client.delete("/api/conversations"),
         client.post("/api/login", data=b" " * (2**21 + 1), content_type="application/json"),

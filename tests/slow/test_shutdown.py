@@ -8,63 +8,45 @@ import signal
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.server import TIMEOUT, Server, connect, format_head, measure, run_all, wait_until
-
-pytestmark = pytest.mark.slow
+from tests.helpers.bots import ASYNC
+from tests.helpers.server import TIMEOUT, connect, format_head, measure, run_all, wait_until
+from tests.slow.conftest import run_server
 
 WAIT = 240  # seconds until every server must have ended
 GRACE = 8  # seconds that replies in progress have to finish
-SETTINGS = {
-    "SECRET_KEY": "0123456789abcdef" * 4,
-    "SESSIONS_VALID_FROM": "2026-01-01T00:00:00Z",
-    "PASSWORD_HASH_METHOD": "pbkdf2:sha256:1",
-    "WEB_CONCURRENCY": "1",
-}
+
+
+@contextmanager
+def run_worker(url, arguments=(), **settings):
+    """Run the program with one worker while the block is executed; it must print no traceback."""
+    with run_server(url, WEB_CONCURRENCY=1, GUNICORN_CMD_ARGS=" ".join(arguments), **settings) as server:
+        yield server
+    assert "Traceback" not in server.output
 
 
 def start_reply(client, text):
     """Send a message without waiting for its reply; return the reply's path."""
     conversation_id = client.create_conversation()
-    response = client.send_message(conversation_id, text, Prefer="respond-async")
-    assert response.status == 202
-    return f"/api/conversations/{conversation_id}/messages/{response.json[1]['id']}"
-
-
-def load_replies(url, client, *paths):
-    """Return the replies as another run of the program shows them."""
-    server = Server(DATABASE_URL=url, **SETTINGS)
-    try:
-        with server.other_client(client) as other:
-            return [other.get(path).json for path in paths]
-    finally:
-        server.kill()
+    reply = client.send_message(conversation_id, text, **ASYNC).json[1]
+    return f"/api/conversations/{conversation_id}/messages/{reply['id']}"
 
 
 def end_without_connections(url, send_signal):
     """End a server whose replies nobody follows; return the seconds it took, its exit status and the replies."""
-    server = Server(DATABASE_URL=url, **SETTINGS)
-    try:
-        with server.create_logged_in_client("ada") as client:
-            paths = start_reply(client, "/slow 4"), start_reply(client, "/slow 60")
-            wait_until(lambda: client.get(paths[1]).json["text"])
-        send_signal(server)
+    with run_worker(url) as server, server.create_logged_in_client("ada") as client:
+        paths = start_reply(client, "/slow 4"), start_reply(client, "/slow 60")
+        wait_until(lambda: client.get(paths[1]).json["text"])
+        send_signal(server.process)
         seconds, status = measure(server.process.wait, TIMEOUT)
-        assert "Traceback" not in server.output
-    finally:
-        server.kill()
-    return seconds, status, load_replies(url, client, *paths)
-
-
-def terminate(url):
-    return end_without_connections(url, lambda server: server.process.send_signal(signal.SIGTERM))
-
-
-def quit_quickly(url):
-    return end_without_connections(url, lambda server: server.process.send_signal(signal.SIGQUIT))
+    with run_worker(url) as server, server.other_client(client) as other:
+        return seconds, status, [other.get(path).json for path in paths]
 
 
 def press_control_c(url):
@@ -73,11 +55,11 @@ def press_control_c(url):
     Another program locks the database for a second, so that the replies cannot be stored before the second signal.
     """
 
-    def press_repeatedly(server):
+    def press_repeatedly(process):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             for _ in range(10):
-                os.killpg(server.process.pid, signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)
                 time.sleep(0.1)
 
     return end_without_connections(url, press_repeatedly)
@@ -85,7 +67,6 @@ def press_control_c(url):
 
 def terminate_with_connections(url):
     """Terminate a server while clients wait for replies and follow one; return what they receive."""
-    server = Server(DATABASE_URL=url, **SETTINGS)
 
     def wait_for_reply(text):
         with server.other_client(client) as other:
@@ -101,155 +82,101 @@ def terminate_with_connections(url):
         time.sleep(3)
         return server.terminate()
 
-    try:
-        with server.create_logged_in_client("ada") as client:
-            results = run_all(
-                lambda: wait_for_reply("/slow 6"), lambda: wait_for_reply("/slow 60"), follow_reply, terminate_server
-            )
-        assert "Traceback" not in server.output
-        return results
-    finally:
-        server.kill()
+    with run_worker(url) as server, server.create_logged_in_client("ada") as client:
+        return run_all(
+            lambda: wait_for_reply("/slow 6"), lambda: wait_for_reply("/slow 60"), follow_reply, terminate_server
+        )
 
 
 def terminate_with_incomplete_request(url):
     """Terminate a server while a client sends a body slowly; return the exit status and what the server printed."""
-    server = Server(DATABASE_URL=url, **SETTINGS)
-    try:
-        with server.client() as client, connect(server.port) as connection:
-            assert client.get("/api/test").status == 200  # the worker is ready
-            connection.sendall(format_head("POST /api/login HTTP/1.1", "Content-Length: 100") + b"{")
-            time.sleep(0.5)
-            return server.terminate(), server.output
-    finally:
-        server.kill()
+    with run_worker(url) as server, server.client() as client, connect(server.port) as connection:
+        assert client.get("/api/test").status == 200  # the worker is ready
+        connection.sendall(format_head("POST /api/login HTTP/1.1", "Content-Length: 100") + b"{")
+        time.sleep(0.5)
+        return server.terminate(), server.output
 
 
 def terminate_while_hashing(url):
     """Terminate a server while it hashes a password; return the response and the exit status."""
-    server = Server(DATABASE_URL=url, **SETTINGS | {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:1000000"})
-    [worker] = server.all_workers(1)
+    with run_worker(url, PASSWORD_HASH_METHOD="pbkdf2:sha256:1000000") as server, server.client() as client:
+        [worker] = server.all_workers(1)
+        assert client.get("/api/test").status == 200  # the worker is ready
+        threads = Path(f"/proc/{worker}/task")
+        count = len(list(threads.iterdir()))
 
-    def count_threads():
-        return len(os.listdir(f"/proc/{worker}/task"))
+        def terminate_server():
+            wait_until(lambda: len(list(threads.iterdir())) > count)  # one of them hashes
+            return server.terminate()
 
-    def terminate_server():
-        wait_until(lambda: count_threads() > threads)  # one of them hashes
-        return server.terminate()
-
-    try:
-        with server.client() as client:
-            assert client.get("/api/test").status == 200  # the worker is ready
-            threads = count_threads()
-            return run_all(lambda: client.signup("ada"), terminate_server)
-    finally:
-        server.kill()
+        return run_all(lambda: client.signup("ada"), terminate_server)
 
 
-def reload(url):
-    """Reload a server while a reply is in progress; return the reply."""
-    server = Server(DATABASE_URL=url, **SETTINGS)
-    try:
-        with server.create_logged_in_client("ada") as client:
-            path = start_reply(client, "/slow 4")
-            workers = server.all_workers(1)
-            server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: not set(workers) & set(server.workers()))
-            return client.get(path).json
-    finally:
-        server.kill()
-
-
-def exceed_max_requests(url):
-    """Start a reply with the last request of a worker; return the reply."""
-    server = Server("--max-requests=4", DATABASE_URL=url, **SETTINGS)
-    try:
+def replace_worker(url, *arguments):
+    """Start a reply, for which the worker is replaced; return the reply."""
+    with run_worker(url, arguments) as server, server.create_logged_in_client("ada") as client:
         workers = server.all_workers(1)
-        with server.create_logged_in_client("ada") as client:
-            path = start_reply(client, "/slow 4")
-            wait_until(lambda: not set(workers) & set(server.workers()))
-            return client.get(path).json
-    finally:
-        server.kill()
+        path = start_reply(client, "/slow 4")
+        if not arguments:
+            server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not set(workers) & set(server.workers()))
+        return client.get(path).json
 
 
-SERVERS = [
-    terminate,
-    quit_quickly,
-    press_control_c,
-    terminate_with_connections,
-    terminate_with_incomplete_request,
-    terminate_while_hashing,
-    reload,
-    exceed_max_requests,
-]
+SERVERS = {
+    "SIGTERM": partial(end_without_connections, send_signal=methodcaller("send_signal", signal.SIGTERM)),
+    "SIGQUIT": partial(end_without_connections, send_signal=methodcaller("send_signal", signal.SIGQUIT)),
+    "Control-C": press_control_c,
+    "connections": terminate_with_connections,
+    "incomplete request": terminate_with_incomplete_request,
+    "hashing": terminate_while_hashing,
+    "SIGHUP": replace_worker,
+    "last request": lambda url: replace_worker(url, "--max-requests=4"),
+}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What came of each of the servers, as futures by the name of the function."""
+    """What came of each of the servers, as futures by their names."""
     folder = tmp_path_factory.mktemp("databases")
     with ThreadPoolExecutor(len(SERVERS)) as executor:
-        yield {func: executor.submit(func, f"sqlite:///{folder / func.__name__}.db") for func in SERVERS}
+        yield {name: executor.submit(func, f"sqlite:///{folder / name}.db") for name, func in SERVERS.items()}
 
 
-def test_sigterm_lets_reply_finish_without_connection(outcomes):
-    _, status, [reply, _] = outcomes[terminate].result(WAIT)
-    assert status == 0
-    assert "status" not in reply
-    assert reply["text"].split() == ["1", "2", "3", "4"]
-
-
-def test_sigterm_stores_unfinished_reply_after_grace_period(outcomes):
-    seconds, _, [_, reply] = outcomes[terminate].result(WAIT)
-    assert reply["status"] == "failed"
-    assert len(reply["text"].split()) >= GRACE - 1
+def test_sigterm_lets_reply_finish_and_stores_what_there_is_after_the_grace_period(outcomes):
+    seconds, status, [complete, unfinished] = outcomes["SIGTERM"].result(WAIT)
+    assert (status, complete["text"].split(), "status" in complete) == (0, ["1", "2", "3", "4"], False)
+    assert (unfinished["status"], len(unfinished["text"].split()) >= GRACE - 1) == ("failed", True)
     assert seconds < 30
 
 
-@pytest.mark.parametrize("func", [quit_quickly, press_control_c])
-def test_quick_shutdown_stores_replies_at_once(outcomes, func):
-    seconds, _, replies = outcomes[func].result(WAIT)
+@pytest.mark.parametrize("name", ["SIGQUIT", "Control-C"])
+def test_quick_shutdown_stores_replies_at_once(outcomes, name):
+    seconds, _, replies = outcomes[name].result(WAIT)
     assert seconds < GRACE
-    assert [reply["status"] for reply in replies] == ["failed", "failed"]
-    assert all(reply["text"].startswith("1 ") for reply in replies)
+    assert [(reply["status"], reply["text"][:2]) for reply in replies] == [("failed", "1 ")] * 2
 
 
-def test_sigterm_lets_client_wait_for_reply(outcomes):
-    [response, _, _, status] = outcomes[terminate_with_connections].result(WAIT)
-    assert status == 0
-    assert response.status == 201
-    assert response.json[1]["text"].split() == ["1", "2", "3", "4", "5", "6"]
-    assert "status" not in response.json[1]
-
-
-def test_sigterm_returns_unfinished_reply_to_waiting_client(outcomes):
-    [_, response, _, _] = outcomes[terminate_with_connections].result(WAIT)
-    assert response.status == 201
-    assert response.json[1]["status"] == "failed"
-    assert len(response.json[1]["text"].split()) >= GRACE
-
-
-def test_sigterm_ends_stream_with_error_event(outcomes):
-    [_, _, events, _] = outcomes[terminate_with_connections].result(WAIT)
-    assert events[-1] == "error"
+def test_sigterm_lets_clients_wait_and_gives_them_what_there_is_after_the_grace_period(outcomes):
+    [complete, unfinished, events, status] = outcomes["connections"].result(WAIT)
+    assert (complete.status, unfinished.status, events[-1], status) == (201, 201, "error", 0)
+    assert (complete.json[1]["text"], "status" in complete.json[1]) == ("1 2 3 4 5 6 ", False)
+    assert unfinished.json[1]["status"] == "failed"
+    assert len(unfinished.json[1]["text"].split()) >= GRACE
 
 
 def test_sigterm_lets_other_requests_finish(outcomes):
-    response, status = outcomes[terminate_while_hashing].result(WAIT)
-    assert status == 0
-    assert response.status == 201
+    response, status = outcomes["hashing"].result(WAIT)
+    assert (response.status, status) == (201, 0)
 
 
 def test_sigterm_closes_connection_of_incomplete_request(outcomes):
-    status, output = outcomes[terminate_with_incomplete_request].result(WAIT)
+    status, output = outcomes["incomplete request"].result(WAIT)
     assert status == 0
     assert "Worker exiting" in output  # rather than killed by the master
-    assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("func", [reload, exceed_max_requests])
-def test_reply_finishes_when_worker_is_replaced(outcomes, func):
-    reply = outcomes[func].result(WAIT)
-    assert "status" not in reply
-    assert reply["text"].split() == ["1", "2", "3", "4"]
+@pytest.mark.parametrize("name", ["SIGHUP", "last request"])
+def test_reply_finishes_when_worker_is_replaced(outcomes, name):
+    reply = outcomes[name].result(WAIT)
+    assert (reply["text"], "status" in reply) == ("1 2 3 4 ", False)
