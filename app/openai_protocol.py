@@ -156,7 +156,7 @@ class Completion:
 
     def receive(self, name, data):
         """Take in an event. Raises BotError if it is neither a part of the reply, nor usage, nor a sign of life."""
-        if is_ping(name) or is_ping(data[:20].decode(errors="replace")):
+        if is_ping(name) or (not data.startswith(b"{") and is_ping(data[:20].decode(errors="replace"))):
             return
         if ERROR_NAME.search(name):
             raise parse_error(200, data)
@@ -173,8 +173,8 @@ class Completion:
             if isinstance(part, dict) and (error := part.get("error") or part.get("errors")):
                 raise parse_error(200, json.dumps({"error": error}).encode())
         self.add_message(choice)
-        reasons = [part.get(name) for name in FINISH_FIELDS for part in (choice, event)]
-        if (name == "whole" or event.get("object") == "chat.completion") and choice and not any(reasons):
+        reasons = [part[field] for field in FINISH_FIELDS for part in (choice, event) if part.get(field)]
+        if (name == "whole" or event.get("object") == "chat.completion") and choice and not reasons:
             reasons = ["stop"]
         self.add_finish_reasons(reasons)
 
@@ -182,8 +182,9 @@ class Completion:
         """Add the text of a choice; a `message` in place of a `delta` may be a part, or all of the reply until now."""
         messages = [message for message in (choice.get("delta"), choice.get("message")) if isinstance(message, dict)]
         message = next((message for message in messages if get_text(message)), messages[0] if messages else {})
-        text, received = get_text(message), "".join(self.texts)
-        if message is not choice.get("delta") and received.strip() and text.startswith(received.strip()):
+        text = get_text(message)
+        received = "".join(self.texts) if message is choice.get("message") else ""
+        if received.strip() and text.startswith(received.strip()):
             if text.strip() == received.strip() and (self.finish_reason or choice.get("finish_reason")):
                 return  # all of it once more
             text = text if text == received else text.removeprefix(received)
@@ -217,7 +218,7 @@ class Completion:
 
 def is_ping(text):
     """Return whether a word says that an event is only a sign of life."""
-    return re.sub(r"\W|_", "", str(text)).lower() in PINGS
+    return bool(text) and re.sub(r"\W|_", "", str(text)).lower() in PINGS
 
 
 def is_error(event):
@@ -226,13 +227,12 @@ def is_error(event):
         return True
     if not event or is_ping(event.get("type")) or is_ping(event.get("event")):
         return False
-    if any(ERROR_NAME.search(str(event.get(name))) for name in ("object", "type", "event", "status")):
+    if any(event.get(name) and ERROR_NAME.search(str(event[name])) for name in ("object", "type", "event", "status")):
         return True
-    fields = ERROR_FIELDS if event.get("code") in OK_CODES else (*ERROR_FIELDS, "code")
-    if "code" not in event or fields is not ERROR_FIELDS:
-        fields = (*fields, "message")
+    is_code = event.get("code") not in OK_CODES
+    has_message = event.get("message") and (is_code or "code" not in event)
     status = event["base_resp"].get("status_code") if isinstance(event.get("base_resp"), dict) else None  # MiniMax's
-    if status or event.get("success") is False or any(map(event.get, fields)):
+    if is_code or has_message or status or event.get("success") is False or any(map(event.get, ERROR_FIELDS)):
         return True
     choices = event.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, dict | None) for choice in choices):
