@@ -32,25 +32,20 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [Server.terminate, Server.kill])
-def test_restored_backup_has_what_was_stored_at_its_time(start, tmp_path, stop):
+def test_restored_backup_is_private_and_has_what_was_stored_at_its_time(start, tmp_path, stop):
     server = start()
     with server.create_logged_in_client("ada") as ada:
         id = ada.create_conversation("Before")
         ada.send_message(id, "Before")
         before = ada.get("/api/conversations").json
         subprocess.run(BACK_UP, shell=True, cwd=tmp_path, check=True, timeout=TIMEOUT)
+        assert stat.S_IMODE((tmp_path / "instance" / "backup.db").stat().st_mode) == 0o600
         ada.send_message(id, "After")
         ada.create_conversation("After")
     stop(server)
     subprocess.run(RESTORE, shell=True, cwd=tmp_path, check=True, timeout=TIMEOUT)
     with start().other_client(ada) as client:
         assert client.get("/api/conversations").json == before
-
-
-def test_backup_is_for_its_user_alone(start, tmp_path):
-    start()
-    subprocess.run(BACK_UP, shell=True, cwd=tmp_path, check=True, timeout=TIMEOUT)
-    assert stat.S_IMODE((tmp_path / "instance" / "backup.db").stat().st_mode) == 0o600
 
 
 def test_clean_stop_leaves_the_database_in_one_file(start, tmp_path):

@@ -125,18 +125,13 @@ def test_program_serves_as_another_user_and_ends_within_its_grace(start, tmp_pat
 
 
 @needs_mount
-def test_program_tells_systemd_that_it_is_ready(start):
+def test_container_listens_on_every_address_unit_on_the_loopback_interface_and_systemd_is_told(start, request):
+    host = {"container": "0.0.0.0", "unit": "127.0.0.1"}[request.node.callspec.id]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(b"\0chat-test-%d" % os.getpid())
         listener.settimeout(TIMEOUT)
-        start(NOTIFY_SOCKET=f"@chat-test-{os.getpid()}")
+        server = start(NOTIFY_SOCKET=f"@chat-test-{os.getpid()}")
         assert b"READY=1" in listener.recv(4096)
-
-
-@needs_mount
-def test_container_listens_on_every_address_and_unit_on_the_loopback_interface(start, request):
-    server = start()
-    host = {"container": "0.0.0.0", "unit": "127.0.0.1"}[request.node.callspec.id]
     assert server.wait_for(rf"Listening at: http://{re.escape(host)}:{server.port}\b")
 
 

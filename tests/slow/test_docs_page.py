@@ -12,10 +12,6 @@ import pytest
 from tests.helpers.server import TIMEOUT
 
 PHONE = {"width": 390, "height": 844}
-RECORD_VIOLATIONS = """
-window.violations = [];
-document.addEventListener("securitypolicyviolation", event => violations.push(event.violatedDirective));
-"""
 
 
 class DocsPage:
@@ -23,10 +19,8 @@ class DocsPage:
 
     def __init__(self, page, url):
         self.page = page
-        self.errors, self.requests = [], []
+        self.requests = []
         page.set_default_timeout(TIMEOUT * 1000)
-        page.add_init_script(RECORD_VIOLATIONS)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         page.goto(url)
         page.wait_for_selector("#operations-server-test")
@@ -42,14 +36,6 @@ class DocsPage:
         response = block.locator(".live-responses-table .response")
         status = int(response.locator(".response-col_status").inner_text().split()[0])
         return status, response.locator(".response-col_description .highlight-code code").first.text_content()
-
-    def violations(self):
-        """Return the directives of the Content-Security-Policy that were violated."""
-        return self.page.evaluate("violations")
-
-    def width(self):
-        """Return the width of the page's content."""
-        return self.page.evaluate("document.documentElement.scrollWidth")
 
 
 @pytest.fixture

@@ -155,25 +155,11 @@ def assert_logged(caplog, error):
 
 def test_concurrent_processes_share_an_exact_count(server):
     script = f"""
-from flask import Flask
-from limits import parse
-from werkzeug.exceptions import TooManyRequests
-from app.security import rate_limiter
 from tests.helpers.server import run_concurrently
+from tests.slow.test_rate_limit_storage import create_app, is_accepted, rate_limiter
 
-app = Flask("storage")
-app.config["RATE_LIMIT_STORAGE"] = {server.url!r}
-rate_limiter.init_app(app)
-
-def record(number):
-    with app.app_context():
-        try:
-            rate_limiter.record(parse("5 per minute"), "key")
-            return True
-        except TooManyRequests:
-            return False
-
-print(sum(run_concurrently(20, record)))
+app = create_app({server.url!r})
+print(sum(run_concurrently(20, lambda number: is_accepted(rate_limiter.record, app))))
 """
     command = [sys.executable, "-c", script]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -258,13 +244,6 @@ def test_hanging_storage_costs_a_second_once(run, connected, tmp_path, caplog):
         assert accepted == 5
         assert seconds < 25
     assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("scheme", ["redis", "redis+cluster", "redis+sentinel"])
-def test_hanging_storage_is_not_tried_again_at_once(silent_listener, scheme):
-    app = create_app(f"{scheme}://127.0.0.1:{silent_listener.getsockname()[1]}/0")
-    assert count_accepted(app) == 5
-    assert count_connections(silent_listener) == 1
 
 
 def test_hanging_storage_is_tried_by_one_call_per_interval(silent_listener, caplog):

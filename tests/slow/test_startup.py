@@ -21,7 +21,6 @@ from sqlalchemy.engine import make_url
 
 from config import SETTINGS
 from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
-from tests.helpers.cli import invoke
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
@@ -156,18 +155,15 @@ def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
     assert run_git(clone, "status", "--porcelain") == ""
 
 
-def test_host_and_port_choose_the_address(start):
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"))],
+)
+def test_host_and_port_choose_the_address(start, host):
     port = find_free_port()
-    start(HOST="127.0.0.2", PORT=port)
-    assert is_served(port, "127.0.0.2")
+    start(HOST=host, PORT=port)
+    assert is_served(port, host)
     assert not is_served(port)
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
-def test_host_may_be_an_ipv6_address(start):
-    server = start(HOST="::1")
-    assert is_served(server.port, "::1")
-    assert not is_served(server.port)
 
 
 def test_run_passes_arguments_to_gunicorn(start):
@@ -276,16 +272,6 @@ def test_flask_run_serves_a_database_that_flask_db_upgrade_created(start, empty_
     assert can_send_message(server)
 
 
-def test_flask_command_has_demo(app, database):
-    process = run_python("-m", "flask", "demo", DATABASE_URL=database, PASSWORD_HASH_METHOD=CHEAP_HASH)
-    [line] = process.stdout.splitlines()
-    assert (process.returncode, process.stderr) == (0, "")
-    assert line.startswith("Log in as charles")
-    status, [_, *lines], errors = invoke(app, "users", "list")
-    assert (status, errors) == (0, [])
-    assert [line.split()[-1] for line in lines] == ["charles", "alan", "barbara"]
-
-
 def test_flask_db_upgrade_creates_a_file_for_its_user_alone(tmp_path):
     path = tmp_path / "chat.db"
     environ = {**os.environ, "DATABASE_URL": f"sqlite:///{path}"}
@@ -294,34 +280,34 @@ def test_flask_db_upgrade_creates_a_file_for_its_user_alone(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_simulated_bot_imports_no_client():
-    program = "import sys, app.bot; app.bot.create_bot({'BOT_MODEL': ''}); assert 'app.openai_bot' not in sys.modules"
-    process = run_python("-c", program)
-    assert process.returncode == 0, process.stderr
+def assert_stopped_with(error, process):
+    """Assert that a completed process has printed nothing but an error, which matches a regular expression."""
+    assert process.returncode != 0
+    assert re.match(f"Error: {error}\n", process.stderr)
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users list"])
+each_command = pytest.mark.parametrize(
+    "command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users list"]
+)
+
+
+@each_command
 def test_invalid_setting_stops_the_program_with_its_name(command):
     process = run_python(*command.split(), CORS_ORIGINS="http://a\n*")
-    assert process.returncode != 0
-    assert re.match(r"Error: CORS_ORIGINS must .+\n", process.stderr)
-    assert "Traceback" not in process.stderr
-    assert process.stdout == ""
+    assert_stopped_with("CORS_ORIGINS must .+", process)
 
 
-@pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users list"])
-@pytest.mark.parametrize(
-    "create",
-    [lambda path: path.write_text("PORT=1", "utf-16"), os.mkfifo],
-    ids=["UTF-16", "pipe"],
-)
-def test_env_file_that_cannot_be_read_stops_the_program_with_its_path(clone, create, command):
-    create(clone / ".env")
+@each_command
+@pytest.mark.parametrize("is_pipe", [False, True], ids=["UTF-16", "pipe"])
+def test_env_file_that_cannot_be_read_stops_the_program_with_its_path(clone, is_pipe, command):
+    if is_pipe:
+        os.mkfifo(clone / ".env")
+    else:
+        (clone / ".env").write_text("PORT=1", "utf-16")
     process = run_python(*command.split(), cwd=clone, FLASK_SKIP_DOTENV="1")
-    assert process.returncode != 0
-    assert re.match(rf"Error: {re.escape(str(clone))}/\.env .*must be .+\n", process.stderr)
-    assert "Traceback" not in process.stderr
-    assert process.stdout == ""
+    assert_stopped_with(rf"{re.escape(str(clone))}/\.env .*must be .+", process)
 
 
 def test_flask_help_with_invalid_setting_shows_one_line_and_the_help():
@@ -413,10 +399,7 @@ def test_database_that_cannot_hold_unicode_stops_the_program_with_one_line(encod
 @pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
 def test_instance_folder_that_cannot_be_created_stops_the_program_with_a_message(clone, command):
     (clone / "instance").write_text("This is not a folder")
-    process = run_python(*command.split(), cwd=clone)
-    assert process.returncode != 0
-    assert re.match(r"Error: .*DATABASE_URL.*\n", process.stderr)
-    assert "Traceback" not in process.stderr
+    assert_stopped_with(".*DATABASE_URL.*", run_python(*command.split(), cwd=clone))
 
 
 def test_run_waits_for_the_database_server_up_to_database_wait():
