@@ -1,4 +1,4 @@
-"""The README's systemd unit and Dockerfile: as another user, on a file system that is read-only but for one folder.
+"""The systemd unit and the Dockerfile: as another user, on a file system that is read-only but for one folder.
 
 Their commands run as they stand there, in a root folder that has the system, Python and the files they name.
 """
@@ -22,9 +22,10 @@ from tests.conftest import CHEAP_HASH
 from tests.helpers.readme import get_block
 from tests.helpers.server import ROOT, TIMEOUT, Server
 
-UNIT = get_block("ini", "ExecStart=")
-DOCKERFILE = get_block("dockerfile", "FROM ")
-STOP_TIMEOUT = int(re.search("--stop-timeout ([0-9]+)", DOCKERFILE)[1])  # systemd's is 90 unless the unit says less
+UNIT = (ROOT / ".deploy/chat.service").read_text()
+DOCKERFILE = (ROOT / ".deploy/Dockerfile").read_text()
+RUN = get_block("bash", "docker run")
+STOP_TIMEOUT = int(re.search("--stop-timeout ([0-9]+)", RUN)[1])  # systemd's is 90 unless the unit says less
 FOLDER = "/srv/chat"
 UID = 10000
 
@@ -84,7 +85,7 @@ def get_container_settings():
     command = shlex.join(json.loads(re.search("^CMD (.+)$", DOCKERFILE, re.MULTILINE)[1]))
     settings = dict(re.findall(r"([A-Z_]+)=(\S+)", re.search("^ENV (.+)$", DOCKERFILE, re.MULTILINE)[1]))
     path = {"PATH": f"{FOLDER}/.venv/bin:{os.environ['PATH']}"}  # the image's python has the packages
-    return command, settings | path, re.search("-v chat:([^ ]+)", DOCKERFILE)[1]
+    return command, settings | path, re.search("-v chat:([^ ]+)", RUN)[1]
 
 
 @pytest.fixture(params=[get_unit_settings, get_container_settings], ids=["unit", "container"])

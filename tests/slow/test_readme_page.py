@@ -60,7 +60,7 @@ def test_example_of_a_page_shows_why_a_reply_failed(page, run_example, text, sho
 
 def test_example_of_a_poll_shows_messages_that_were_sent_elsewhere(server, page, run_example):
     lengths = []
-    page.on("console", lambda message: lengths.append(len(message.args[0].json_value())))
+    page.on("console", lambda message: lengths.append(len(message.args[0].json_value()["messages"])))
     poll = get_block("js", "setInterval").replace("5000", "100")
     run_example("Hello", f"{poll}; window.send = () => post(`/conversations/${{id}}/messages`, {{ text: 'Hello' }});")
     server.wait_for(r"GET /api/conversations/\d+ 304")
