@@ -47,12 +47,15 @@ def init_app(app):
 
 
 class Command(click.Command):
-    """A command that reports in one line that the database cannot be used."""
+    """A command that reports in one line that the database cannot be used, or that a name is taken."""
 
     def invoke(self, context):
-        """Run the command. Raises ClickException if the database cannot be used."""
+        """Run the command. Raises ClickException for an error of the database."""
+        sys.stdout.reconfigure(errors="backslashreplace")  # the console may lack characters of a name
         try:
             return super().invoke(context)
+        except IntegrityError:
+            raise click.ClickException(USER_EXISTS) from None
         except SQLAlchemyError as error:
             if message := database_error_message(error):
                 raise click.ClickException(f"{message} ({get_reason(error)})") from error
@@ -74,8 +77,7 @@ def list_users():
     for user, *numbers in rows:
         status = "Disabled" if user.is_disabled else "Online" if user.is_logged_in else "Offline"
         last_login = format_timestamp(user.last_login) if user.last_login else "never"
-        line = LINE.format(user.user_id, status, last_login, *numbers, user.username)
-        click.echo(to_printable(line))
+        click.echo(LINE.format(user.user_id, status, last_login, *numbers, user.username))
 
 
 @users.command("add")
@@ -88,10 +90,7 @@ def add_user(name):
     db.session.close()  # holds no connection while it waits for input
     user = User(username=username, password_hash=hash_password(read_password()))
     db.session.add(user)
-    try:
-        finish("Added", user)
-    except IntegrityError:
-        raise click.ClickException(USER_EXISTS) from None
+    finish("Added", user)
 
 
 @users.command("set-password")
@@ -109,7 +108,7 @@ def delete_user(name, yes):
     """Delete a user with all conversations."""
     user = get_user(name)
     if not yes:
-        click.confirm(to_printable(f"Delete {user.username} with all conversations?"), abort=True)
+        click.confirm(f"Delete {user.username} with all conversations?", abort=True)
     db.session.delete(user)
     finish("Deleted", user)
 
@@ -142,7 +141,7 @@ def finish(action, user):
     if user is None:
         raise click.ClickException(USER_UNKNOWN)
     db.session.commit()
-    click.echo(to_printable(f"{action} {user.username}"))
+    click.echo(f"{action} {user.username}")
 
 
 def read_password():
@@ -166,12 +165,6 @@ def check_value(check, *args):
         raise click.ClickException(str(error)) from None
 
 
-def to_printable(text):
-    """Return a text with the characters that the console's encoding lacks as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
 @click.command(cls=Command)
 @with_appcontext
 def demo():
@@ -181,10 +174,7 @@ def demo():
         user = User(username=username, password_hash=password_hash)
         user.conversations = [create_conversation(*conversation) for conversation in conversations]
         db.session.add(user)
-    try:
-        db.session.commit()
-    except IntegrityError:
-        raise click.ClickException("the demo's users exist already") from None
+    db.session.commit()
     click.echo(f"Log in as {', '.join(DEMO)}; the password is: {DEMO_PASSWORD}")
 
 
