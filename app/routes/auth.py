@@ -13,14 +13,7 @@ from app.database import SAFE_METHODS
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import authenticate, client_address, hash_password, needs_rehash, rate_limiter, verify_password
-from app.validation import (
-    MAX_PASSWORD_LENGTH,
-    check_new_password,
-    check_username,
-    get_checked,
-    get_int_arg,
-    get_string,
-)
+from app.validation import MAX_PASSWORD_LENGTH, check_new_password, check_username, get_checked, get_int_arg, get_string
 
 MAX_PAGE_SIZE = 100
 
