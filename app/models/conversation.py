@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app import db
-from app.database import contains, database_now, fold_case, json_array, partial_index
+from app.database import contains, database_now, fold_case, format_timestamp, iso8601, json_array, partial_index
 from app.models.message import Message
 from app.models.user import User
 
@@ -39,11 +39,6 @@ class Conversation(db.Model):
         {"sqlite_autoincrement": True},
     )
     __mapper_args__ = {"confirm_deleted_rows": False}  # another request may have deleted it just before
-
-    @property
-    def archived(self):
-        """Return whether it is archived."""
-        return self.archived_at is not None
 
     @classmethod
     def start_title(cls, id, timeout):
@@ -116,8 +111,9 @@ class Conversation(db.Model):
             page = Message.select_page(cls.id, limit).subquery()
             messages = sa.select(json_array(page.c.json)).scalar_subquery()
         archived = cls.archived_at.is_not(None).label("archived")
-        query = sa.select(*cls.__table__.columns, archived, progress, messages.label("messages_json"))
-        return query.where(cls.user_id == sa.bindparam("user_id"))
+        times = [iso8601(column).label(column.key) for column in (cls.created_at, cls.updated_at)]
+        columns = [cls.id, cls.name, archived, *times, progress, messages.label("messages_json")]
+        return sa.select(*columns).where(cls.user_id == sa.bindparam("user_id"))
 
     @classmethod
     def has_text(cls, folded):
@@ -153,3 +149,8 @@ class Conversation(db.Model):
     def to_dict(self):
         """Return what the API shows of a conversation without its messages."""
         return {"id": self.id, "name": self.name}
+
+    def get_details(self):
+        """Return what the API adds to that for a conversation alone, and for lists with parameters."""
+        times = {name: format_timestamp(getattr(self, name)) for name in ("created_at", "updated_at")}
+        return {"archived": self.archived_at is not None, **times}

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from werkzeug.exceptions import BadGateway, HTTPException
 
 from app import db
-from app.database import MAX_ID, fold_case, format_timestamp
+from app.database import MAX_ID, fold_case
 from app.errors import error_message, log_error, to_http_exception
 from app.models import Conversation, Message
 from app.models.exchange import Exchange, lock_conversation
@@ -67,7 +67,7 @@ def list_conversations():
     page, next_page = rows[:limit], None
     if len(rows) > len(page):
         last = page[-1]
-        cursor = {"cursor": f"{last.updated_at.isoformat()} {last.id}"}
+        cursor = {"cursor": f"{last.updated_at} {last.id}"}
         next_page = cursor if filters["order"] else {"before": last.id}
     has_details = not request.args.keys().isdisjoint(LIST_PARAMETERS)
     return conditional_response([conversation_to_dict(row, has_details) for row in page], etag, next_page)
@@ -149,14 +149,8 @@ def get_etag(rows):
 
 def conversation_to_dict(row, has_details=True):
     """Return a row of read_conversations() as the API shows it."""
-    details = get_details(row) if has_details else {}
-    return {**Conversation.to_dict(row), **details, "messages": Fragment(row.messages_json)}
-
-
-def get_details(conversation):
-    """Return what the API shows of a conversation that is requested alone, or with parameters of a list."""
-    times = {name: format_timestamp(getattr(conversation, name)) for name in ("created_at", "updated_at")}
-    return {"archived": conversation.archived, **times}
+    details = {"archived": bool(row.archived), "created_at": row.created_at, "updated_at": row.updated_at}
+    return {"id": row.id, "name": row.name, **(details if has_details else {}), "messages": Fragment(row.messages_json)}
 
 
 @bp.post("/api/conversations")
@@ -226,7 +220,7 @@ def change_conversation(conversation_id):
     if "archived" in fields:
         conversation.archived_at = (conversation.archived_at or datetime.now(UTC)) if get_bool("archived") else None
     db.session.commit()
-    return {**conversation.to_dict(), **get_details(conversation)}
+    return {**conversation.to_dict(), **conversation.get_details()}
 
 
 @bp.delete("/api/conversations/<id:conversation_id>")
