@@ -4,15 +4,19 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 
 import psycopg
 import pytest
 from flask import abort
+from sqlalchemy import insert
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
+from app.models import Message
 from tests.conftest import (
     PASSWORD,
     SERVER_URL,
@@ -39,6 +43,7 @@ from tests.helpers.data import (
     add_conversations,
     age_heartbeats,
     count_messages,
+    execute,
     get_answer,
     get_texts,
 )
@@ -169,6 +174,13 @@ def test_history_has_at_most_bot_history_chars(make_app, bot):
         client.send_message(conversation_id, f"{number}" * 300)
     exchange = [("user", "3" * 300), ("bot", "x" * 100)]
     assert bot.histories[-1] == [("bot", "x" * 100), *exchange, ("user", "4" * 300)]
+
+
+def test_history_leaves_out_a_blank_reply_of_an_earlier_version_of_the_program(app, ada, bot, conversation_id):
+    _, reply = ada.send_message(conversation_id, "First").json
+    execute(app, "UPDATE message SET text = :text WHERE id = :id", text="\u200b", id=reply["id"])
+    ada.send_message(conversation_id, "Second")
+    assert bot.histories[-1] == [("user", "First"), ("user", "Second")]
 
 
 def test_history_has_at_most_200_messages_before_the_new_one(app, ada, bot):
@@ -626,3 +638,25 @@ def test_follower_is_told_when_end_of_reply_cannot_be_stored(
     else:
         assert read_events(response)[-1] == ("error", unavailable, None)
     assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sender": "tool"},
+        {"sender": "bot", "status": "unknown"},
+        {"sender": "bot", "status": None},
+        {"sender": "bot", "status": "in_progress"},
+        {"sender": "bot", "heartbeat_at": NOW},
+        {"status": "in_progress", "heartbeat_at": NOW},
+        {"conversation_id": 999},
+        {"parent_id": 999},
+    ],
+)
+def test_database_refuses_invalid_message(app, conversation_id, values):
+    row = {"conversation_id": conversation_id, "sender": "user", "text": "", "created_at": NOW, **values}
+    with app.app_context(), db.engine.begin() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(Message.__table__).values(row))
