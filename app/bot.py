@@ -3,7 +3,8 @@
 A bot is called as `bot(history, user_id=..., conversation_id=...)`. The history is a list of (sender, text), oldest
 first, with the user's new message last; the result is any iterable of strings. The history may begin with a message of
 the bot, and have several messages of the user in a row: see fit_history(). A bot raises BotError or one of its
-subclasses when it fails. If the iterable has a method `cancel()`, another thread may call it to end a blocked `next()`.
+subclasses when it fails. If the iterable has a method `cancel()`, another thread may call it at any time, even after
+the end, to end a blocked `next()`; a method `close()` is called by the thread that iterates.
 """
 
 import re
@@ -28,7 +29,7 @@ class BotError(Exception):
 
 
 class BotTimeout(BotError):
-    """The model produced nothing for BOT_TIMEOUT seconds."""
+    """The model produced nothing for BOT_TIMEOUT seconds, or within BOT_MAX_SECONDS."""
 
     status = 504
     sentence = "The bot took too long to answer"
@@ -52,7 +53,7 @@ class BotRefused(BotError):
 
 
 class BotTruncated(BotError):
-    """The model ended the reply at a limit. Raised after the last chunk."""
+    """The model ended the reply at a limit. Raised after the last chunk: the reply is not failed, but truncated."""
 
 
 class BotMessageTooLong(BotError):
@@ -92,7 +93,7 @@ def run_command(name, count):
             time.sleep(1)
         yield f"{number} "
     if name == "drop":
-        raise BotError("simulated failure after the first word")
+        raise BotError("simulated failure after some words")
     if name == "truncate":
         raise BotTruncated("simulated token limit")
 

@@ -34,7 +34,7 @@ def init_app(app):
 
 def handle_error(error):
     """Return the response for an exception of the database or the bot."""
-    log_error(error)
+    log_database_error(error)
     return http_error_response(to_http_exception(error))
 
 
@@ -67,7 +67,7 @@ def to_http_exception(error):
     return InternalServerError()
 
 
-def log_error(error):
+def log_database_error(error):
     """Log an exception of the database: why it cannot be used, or where the exception was raised if it is a bug."""
     if not isinstance(error, exc.SQLAlchemyError) or isinstance(error, StaleDataError):
         return

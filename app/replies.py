@@ -33,7 +33,7 @@ MAX_REPLY_CHARS = 100_000
 MAX_TITLE_CHARS = 60
 MAX_BLANK_CHARS = 10_000  # before the text
 MAX_ERROR_LENGTH = 255  # of the column
-SAVE_INTERVAL = 1  # seconds between two saves of growing replies, and between two attempts to store an end
+SAVE_INTERVAL = 1  # seconds at least between two saves of growing replies, and between two attempts to store an end
 POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
@@ -125,7 +125,7 @@ class Reply:
             return self.text[offset:], self.is_over
 
     def get_end(self):
-        """Return the status and the error, as the sentence that clients get; the bot may have written it."""
+        """Return the status and the sentence of the error, which a bot may have written, so that it is sanitized."""
         return self.status, self.error and sanitize(errors.error_message(self.error))[:MAX_ERROR_LENGTH]
 
     def to_list(self):
@@ -138,7 +138,7 @@ class Reply:
 class StoredReply:
     """A reply that is over, or that another process generates."""
 
-    error = None  # as an exception, which only the process has that generated the reply
+    error = None  # only the process that generated the reply has the exception
 
     def __init__(self, exchange, fail_abandoned):
         self.exchange = exchange
@@ -199,7 +199,7 @@ class ReplyManager:
         self.app = app
         self.bot = bot
         self.replies = {}  # by id, until their end is stored
-        self.counts = Counter()  # of these, by user
+        self.counts = Counter()  # of these and of titles, by user, of this process
         self.lock = Lock()
         self.wakeup = Event()
         self.is_saving = self.is_shutting_down = False
@@ -279,7 +279,7 @@ class ReplyManager:
                 self.app.logger.warning("Abandoned replies cannot be ended now: %s", errors.get_reason(error))
 
     def shutdown(self, timeout):
-        """Wait some seconds for the replies in progress, then end the others as failed, with the text so far."""
+        """Take no new replies, wait some seconds for those in progress, then end the others as failed."""
         with self.lock:
             self.is_shutting_down = True
         deadline = time.monotonic() + timeout
@@ -296,7 +296,7 @@ class ReplyManager:
         exchange, status, error = reply.exchange, "complete", None
         try:
             reply.source = self.bot(history, user_id=exchange.user_id, conversation_id=exchange.conversation_id)
-            if not all(map(reply.append, reply.source)):
+            if not reply.is_over and not all(map(reply.append, reply.source)):
                 status = "truncated"
         except BotTruncated:
             status = "truncated"
@@ -317,7 +317,7 @@ class ReplyManager:
             self.app.logger.error("The bot's %s() failed", name, exc_info=error, extra=extra)
 
     def end(self, reply, status, error=None):
-        """End a reply and have that stored."""
+        """End a reply unless it has ended, cancel the bot, and have the end stored."""
         if reply.end(status, error):
             self.wakeup.set()
             self.call_source(reply, "cancel")
@@ -368,10 +368,10 @@ class ReplyManager:
         ids = list_in_progress([reply.id for reply in replies])
         for reply in replies:
             if reply.id not in ids:
-                self.end(reply, "stopped")
+                self.end(reply, "stopped")  # or what it is, see adopt_stored_end()
 
     def save_growth(self):
-        """Save the replies that have grown, and at times those that have not, as a sign of life."""
+        """Save the replies that have grown, and every HEARTBEAT_INTERVAL those that have not, as a sign of life."""
         now = time.monotonic()
         texts = {reply: reply.text for reply in list(self.replies.values()) if not reply.is_over}
         for reply, text in list(texts.items()):

@@ -64,7 +64,7 @@ class Worker(GeventWorker):
         super().handle_request(listener_name, req, sock, addr)
 
     def handle_exit(self, sig, frame):
-        """Handle SIGTERM: followers read how their replies ended before the connections are closed."""
+        """Handle SIGTERM: end the replies while the connections are open, so that followers get the last event."""
         super().handle_exit(sig, frame)
         gevent.spawn(self.wsgi.extensions["replies"].shutdown, REPLY_TIMEOUT)
 

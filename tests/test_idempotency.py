@@ -195,6 +195,16 @@ def test_repeated_edit_returns_stored_exchange(ada, bot, conversation_id, second
     assert second_client.edit_message(*edit, "Other", headers=KEY).status_code == 409
 
 
+@pytest.mark.parametrize("text", ["Edited", "Hello"], ids=["other text", "same text"])
+def test_repeats_of_an_edit_that_failed_return_the_reply_that_the_first_of_them_got(ada, bot, conversation_id, text):
+    edit = (conversation_id, ada.send_message(conversation_id).json[0]["id"], text)
+    bot.failures.append(BotError("down"))
+    assert ada.edit_message(*edit, headers=KEY).status_code == 502
+    exchange = ada.edit_message(*edit, headers=KEY).json
+    assert get_answer(ada.edit_message(*edit, headers=KEY)) == (200, exchange)
+    assert (exchange[1]["text"], bot.calls) == ("Reply 3!", 3)
+
+
 def test_key_of_an_edited_message_goes_on_belonging_to_it(ada, bot, conversation_id):
     exchange = send(ada, conversation_id).json
     edited = ada.edit_message(conversation_id, exchange[0]["id"], "Edited").json

@@ -11,8 +11,8 @@ from app.models.conversation import Conversation
 from app.models.message import Message, message_to_dict
 from app.validation import is_blank
 
-HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life after which a reply in progress has failed
-INTERRUPTED = "The server was stopped"  # the error of such a reply
+HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a reply in progress is abandoned: it has failed
+INTERRUPTED = "The server was stopped"  # the error of such a reply, and of one that a shutdown has ended
 MAX_HISTORY_MESSAGES = 200  # that a bot gets
 
 # These statements are built once, and of tables: building them of models would take a third of the CPU time of a send.
@@ -84,7 +84,7 @@ class Exchange:
         return cls.add_reply(conversation_id, user_id, question)
 
     @classmethod
-    def edit(cls, message, user_id, text, key=None):
+    def add_version(cls, message, user_id, text, key=None):
         """Add another version of a question, and an empty reply, as the current ones; call lock_conversation() before.
 
         With the same text, only the reply is added, which then has the key.
@@ -104,6 +104,11 @@ class Exchange:
         values = {"parent_id": question["id"], "idempotency_key": key}
         reply = insert_message(INSERT_MESSAGE, conversation_id, "bot", "", status="in_progress", **values)
         return cls(conversation_id, user_id, question, reply, is_new=True)
+
+    @property
+    def has_failed(self):
+        """Return whether the reply had failed when the exchange was read."""
+        return self.reply.get("status") == "failed"
 
     def is_last(self):
         """Return whether the reply is the last current message of the conversation."""
@@ -132,7 +137,7 @@ class Exchange:
 
 
 def lock_conversation(conversation_id, user_id):
-    """Lock the user's conversation, of which messages change, and unarchive it; return False if there is none."""
+    """Lock the user's conversation by updating it, which unarchives it, too; return False if there is none."""
     values = {"conversation_id": conversation_id, "owner_id": user_id, "now": datetime.now(UTC)}
     return db.session.execute(TOUCH_CONVERSATION, values).rowcount == 1
 
@@ -177,14 +182,14 @@ def list_in_progress(ids):
 
 
 def set_stopped(id):
-    """Stop a reply if it is in progress; commit. The process that generates it notices that within a second."""
+    """Stop a reply in progress, with the text saved last; commit. The process that generates it notices that soon."""
     is_in_progress = (Message.id == id) & (Message.status == "in_progress")
     db.session.execute(update(Message).where(is_in_progress).values(status="stopped", heartbeat_at=None))
     db.session.commit()
 
 
 def set_abandoned_failed(own_ids):
-    """End the replies of other processes that had no heartbeat for HEARTBEAT_TIMEOUT; commit."""
+    """End the replies of other processes that are abandoned; commit. Own ones live, if the database was away."""
     is_abandoned = (Message.status == "in_progress") & (Message.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT))
     with autocommit(db.engine).connect() as connection:
         ids = set(connection.scalars(select(Message.id).where(is_abandoned))) - own_ids

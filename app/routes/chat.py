@@ -17,7 +17,7 @@ from werkzeug.exceptions import BadGateway, HTTPException
 
 from app import db
 from app.database import MAX_ID, fold_case
-from app.errors import error_message, log_error, to_http_exception
+from app.errors import error_message, log_database_error, to_http_exception
 from app.models import Conversation, Message
 from app.models.exchange import Exchange, lock_conversation
 from app.replies import exchange_to_list
@@ -325,9 +325,9 @@ def send_message(conversation_id):
     """Send a message and return it with the bot's reply."""
     text, key = get_string("text", MAX_TEXT_LENGTH), get_idempotency_key()
     with send_lock(conversation_id):
-        exchange = get_repeated_exchange(conversation_id, text, key)
+        exchange = repeat_exchange(conversation_id, text, key)
         exchange = exchange or Exchange.add(conversation_id, current_user.id, text, key)
-        reply = get_reply(exchange)
+        reply = start_or_get_reply(exchange)
     return respond_with_reply(exchange, reply, 201)
 
 
@@ -340,15 +340,15 @@ def edit_message(conversation_id, message_id):
         message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
         if message.sender == "bot":
             abort(409, "Only a message of the user can be edited: edit the one that this message replies to")
-        exchange = get_repeated_exchange(conversation_id, text, key) or get_exchange_in_progress(message, text)
-        exchange = exchange or Exchange.edit(message, current_user.id, text, key)
-        reply = get_reply(exchange)
+        exchange = repeat_exchange(conversation_id, text, key) or get_exchange_in_progress(message, text)
+        exchange = exchange or Exchange.add_version(message, current_user.id, text, key)
+        reply = start_or_get_reply(exchange)
     return respond_with_reply(exchange, reply, 200)
 
 
 @contextmanager
 def send_lock(conversation_id):
-    """Lock the current user's conversation until the block has committed; abort with 404 if there is none.
+    """Lock the current user's conversation until the transaction ends; abort with 404 if there is none.
 
     Sends of this process take turns before they do in the database, where each that waits would hold a connection.
     """
@@ -363,8 +363,8 @@ def lock_conversation_or_404(conversation_id):
         abort(404, "Conversation not found")
 
 
-def get_repeated_exchange(conversation_id, text, key):
-    """Return the exchange that was sent with an idempotency key before, or None; abort with 409 for another text.
+def repeat_exchange(conversation_id, text, key):
+    """Return the exchange of an earlier request with an idempotency key, or None; abort with 409 for another text.
 
     If its reply has failed and nothing came after it, it gets another one.
     """
@@ -374,8 +374,11 @@ def get_repeated_exchange(conversation_id, text, key):
     exchange = Exchange.get(current_user.id, message)
     if exchange.question["text"] != text:
         abort(409, "Idempotency-Key was used for another text in this conversation")
-    if exchange.reply.get("status") == "failed" and exchange.is_last():
-        return Exchange.edit(message if message.sender == "user" else message.parent, current_user.id, text)
+    if exchange.has_failed:
+        question = message if message.sender == "user" else message.parent
+        exchange = Exchange.get(current_user.id, question)  # another repeat may have added a reply
+        if exchange.has_failed and exchange.is_last():
+            return Exchange.add_version(question, current_user.id, text)
     return exchange
 
 
@@ -394,8 +397,8 @@ def get_exchange_in_progress(message, text):
 def follow_reply(conversation_id, message_id):
     """Return a reply as server-sent events, from the beginning or from Last-Event-ID."""
     exchange = get_exchange_or_404(conversation_id, message_id)
-    offset, is_over = get_last_event_id(exchange.reply["id"])
-    if is_over:
+    offset, has_end = get_last_event_id(exchange.reply["id"])
+    if has_end:
         return "", 204
     reply = current_app.extensions["replies"].get(exchange)
     return stream_reply(reply, reply.follow(offset or 0), offset)
@@ -404,10 +407,10 @@ def follow_reply(conversation_id, message_id):
 @bp.post("/api/conversations/<id:conversation_id>/messages/<id:message_id>/stop")
 @login_required
 def stop_reply(conversation_id, message_id):
-    """Stop a reply in progress and return it as stored."""
+    """Stop a reply, if it is in progress, and return it as stored."""
     exchange = get_exchange_or_404(conversation_id, message_id)
     replies = current_app.extensions["replies"]
-    reply = replies.get(exchange)
+    reply = replies.get(exchange)  # before stop(), which may remove it
     replies.stop(exchange)
     db.session.close()  # holds no connection while the end is stored
     wait_for(reply)
@@ -426,7 +429,7 @@ def get_exchange_or_404(conversation_id, message_id):
     return Exchange.get(current_user.id, message) or abort(404, "The message has no reply")
 
 
-def get_reply(exchange):
+def start_or_get_reply(exchange):
     """Return the reply of an exchange; if that is new, commit it and generate the reply, see ReplyManager.start()."""
     replies = current_app.extensions["replies"]
     return replies.start(exchange, g.request_id) if exchange.is_new else replies.get(exchange)
@@ -435,9 +438,9 @@ def get_reply(exchange):
 def respond_with_reply(exchange, reply, status):
     """Return an exchange when its reply is over; as server-sent events or at once, if the client prefers that.
 
-    If the reply fails without a text, that is the error of this request, unless it was over before.
+    A reply that fails now without a text is the error of this request; one that was over before is returned.
     """
-    db.session.close()  # holds no connection while the bot works
+    db.session.close()  # holds no connection while the bot works, and no lock for a repeated send
     if not exchange.is_in_progress:
         response = stream_reply(reply, reply.follow()) if wants_stream() else make_response(reply.to_list(), status)
         response.headers["Idempotent-Replayed"] = "true"
@@ -457,7 +460,7 @@ def wait_for(reply):
 
 
 def wait_for_first(reply):
-    """Return what the reply's follow() yields, as soon as that begins; raise the error if it failed without a text."""
+    """Wait for the first text, the end, or SILENCE_INTERVAL; raise the error of a reply that failed without a text."""
     updates = reply.follow()
     first = list(islice(updates, 1))
     if not first:
@@ -467,21 +470,21 @@ def wait_for_first(reply):
 
 def get_ended_exchange(reply):
     """Return the exchange of a reply that is over; raise the error of one that failed without a text."""
-    question, message = reply.to_list()
-    if message.get("status") == "failed" and not message["text"]:
-        raise reply.error or BadGateway(message["error"])
-    return [question, message]
+    question, answer = reply.to_list()
+    if answer.get("status") == "failed" and not answer["text"]:
+        raise reply.error or BadGateway(answer["error"])  # another process does not know the status of the error
+    return [question, answer]
 
 
 def stream_reply(reply, updates, offset=None):
-    """Return a reply as server-sent events; with an offset, only the text from that character on."""
+    """Return a reply as server-sent events of `updates`, which begin at an offset; None: from the start event on."""
     db.session.close()  # holds no connection while the bot works
     events = generate_events(reply, updates, offset)
     return event_stream(stream_with_context(events))
 
 
 def generate_events(reply, updates, offset):
-    """Yield the events of a reply. The id of the last one says that nothing follows."""
+    """Yield the events of a reply. `end` in the id of the last one says that nothing follows."""
     g.log_fields["characters"] = 0
     if offset is None:
         offset = 0
@@ -494,7 +497,7 @@ def generate_events(reply, updates, offset):
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
         exchange = reply.to_list()
     except (HTTPException, SQLAlchemyError) as error:
-        log_error(error)
+        log_database_error(error)
         yield format_event("error", {"error": error_message(to_http_exception(error))})
         return
     last_id = f"{reply.id} {offset} end"
