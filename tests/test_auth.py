@@ -38,12 +38,6 @@ def set_password_hash(app, password_hash):
         db.session.commit()
 
 
-def count_connections(app):
-    """Return how many connections to the database are in use."""
-    with app.app_context():
-        return db.engine.pool.checkedout()
-
-
 def assert_too_many_requests(response):
     assert get_answer(response) == (429, {"error": "Too many attempts, try again later"})
     assert 1 <= int(response.headers["Retry-After"]) <= 60
@@ -127,7 +121,8 @@ def test_signup_and_login_hash_a_password_and_hold_no_connection_meanwhile(
     app, client, while_hashing, path, username, password, status
 ):
     client.signup("ada")
-    while_hashing(lambda: count_connections(app))
+    with app.app_context():
+        while_hashing(db.engine.pool.checkedout)
     body = {"username": username, "password": password}
     assert client.post(f"/api/{path}", json=body).status_code == status
     assert while_hashing.results == [0]

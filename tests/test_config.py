@@ -65,7 +65,6 @@ UNCHANGED = {  # values that are valid as they are
     "DATABASE_URL": ["sqlite:////srv/chat.db", "postgresql://db/chat?sslmode=require"],
     "CORS_ORIGINS": [["http://localhost:3000"], ["http://localhost:443"], []],
     "HOST": ["::"],
-    "PORT": [0, 65535],
     "SESSION_COOKIE_SECURE": [True, False],
     "SESSION_COOKIE_SAMESITE": ["Strict"],
     "SIGNUP": ["closed"],
@@ -130,8 +129,9 @@ def test_valid_value_is_parsed_and_what_it_is_parsed_to_is_valid(name, value, pa
 
 @pytest.mark.parametrize(("name", "bounds"), BOUNDS.items(), ids=BOUNDS)
 def test_whole_number_has_bounds(name, bounds):
-    assert [get_value(name, str(bound)) for bound in bounds] == [*bounds]
     minimum, maximum = bounds
+    for value in bounds:
+        assert get_value(name, value) == get_value(name, str(value)) == value
     for value in (minimum - 1, str(minimum - 1), maximum + 1, str(maximum + 1), "1.5", "many"):
         with pytest.raises(ConfigError, match=f"^{name} must be a whole number from {minimum} to {maximum}$"):
             get_value(name, value)

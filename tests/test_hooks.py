@@ -52,15 +52,16 @@ def test_every_response_has_a_request_id_of_its_own(log_app):
     assert all(re.fullmatch("[0-9a-f]{16}", id) for id in ids)
 
 
-@pytest.mark.parametrize("request_id", ["abc-1.2_3", "a" * 64, "1"])
-def test_valid_request_id_of_the_client_is_kept(client, request_id):
-    assert client.get("/api/test", headers={"X-Request-ID": request_id}).headers["X-Request-ID"] == request_id
-
-
-@pytest.mark.parametrize("request_id", ["", " ", "a b", "a" * 65, "é", "<script>", "a;b", "a\tb", "[x]"])
-def test_invalid_request_id_of_the_client_is_replaced(client, request_id):
+@pytest.mark.parametrize(
+    ("request_id", "expected"),
+    [
+        *((request_id, request_id) for request_id in ("abc-1.2_3", "a" * 64, "1")),
+        *((invalid, "[0-9a-f]{16}") for invalid in ("", " ", "a b", "a" * 65, "é", "<script>", "a;b", "a\tb", "[x]")),
+    ],
+)
+def test_request_id_of_the_client_is_kept_if_it_is_valid_and_replaced_if_not(client, request_id, expected):
     response = client.get("/api/test", headers={"X-Request-ID": request_id})
-    assert re.fullmatch("[0-9a-f]{16}", response.headers["X-Request-ID"])
+    assert re.fullmatch(expected, response.headers["X-Request-ID"])
 
 
 # The log
@@ -124,15 +125,6 @@ def test_every_line_of_a_request_has_its_request_id(log_app, capsys, log_format,
     else:
         ids = re.findall(r"^\S+ [A-Z]+ \[(.*?)\]", output, re.MULTILINE)
     assert ids == ["my-id"] * 2
-
-
-@both_formats
-def test_line_of_an_unavailable_database_has_the_request_id(log_app, capsys, tmp_path, log_format):
-    client = log_app(LOG_FORMAT=log_format, DATABASE_URL=f"sqlite:///{tmp_path}/empty.db").test_client()
-    client.get("/api/users/status", headers={"X-Request-ID": "my-id"})
-    lines = capsys.readouterr().err.splitlines()
-    assert ["my-id" in line for line in lines] == [True] * 2
-    assert "The database lacks its tables" in lines[0]
 
 
 def test_traceback_in_json_is_a_field_of_one_line(log_app, capsys):
