@@ -32,18 +32,13 @@ def create_app(**settings):
     return app
 
 
-def request_from(app, address=ADDRESS):
-    """Return the context of a request from an address."""
-    return app.test_request_context(environ_base={"REMOTE_ADDR": address})
-
-
 def create_user(password="right"):
     return SimpleNamespace(id=7, password_hash=generate_password_hash(password, METHOD))
 
 
 def log_in(app, username="ada", user=None, password="wrong", address=ADDRESS):
     """Return whether a login succeeds, or 429."""
-    with request_from(app, address):
+    with app.test_request_context(environ_base={"REMOTE_ADDR": address}):
         try:
             return authenticate(username, user, password)
         except TooManyRequests as error:
@@ -108,7 +103,7 @@ def test_run_long_query_that_waits_too_long_returns_503_and_leaves_nothing_locke
     ],
 )
 def test_client_address_is_normalised(app, remote_addr, expected):
-    with request_from(app, remote_addr):
+    with app.test_request_context(environ_base={"REMOTE_ADDR": remote_addr}):
         assert client_address() == expected
 
 
