@@ -5,9 +5,7 @@ import re
 from datetime import UTC, datetime
 
 import pytest
-from flask import Flask
 from flask.cli import FlaskGroup
-from flask_cors import CORS
 from limits import parse
 
 import config
@@ -17,7 +15,6 @@ from tests.helpers.server import ROOT
 
 SECRET_KEY = "0123456789 abcdef#ghijkl$mnopqrs"
 FUTURE = datetime(2999, 1, 1, tzinfo=UTC)
-LOCAL_PORTS = (3000, 3001, 4200, 5173, 5174, 8080)
 EXAMPLE_LINES = (ROOT / ".env.example").read_text().splitlines()
 
 
@@ -46,190 +43,113 @@ def get_value(name, value):
     return load_config({name: value})[name]
 
 
-DEFAULTS = {
-    "DATABASE_URL": "sqlite:///chatbot.db",
-    "DATABASE_WAIT": 30,
-    "CORS_ORIGINS": [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in LOCAL_PORTS],
-    "HOST": "127.0.0.1",
-    "PORT": 5000,
-    "WEB_CONCURRENCY": 2,
-    "TRUSTED_PROXIES": 0,
-    "TRUSTED_HOSTS": None,
-    "SECRET_KEY_FALLBACKS": [],
-    "SESSION_COOKIE_SECURE": None,
-    "SESSION_COOKIE_PARTITIONED": False,
-    "SESSION_COOKIE_SAMESITE": "Lax",
-    "PASSWORD_HASH_METHOD": "scrypt:32768:8:3",
-    "PASSWORD_MIN_LENGTH": 1,
-    "LOGIN_RATE_LIMIT": parse("10 per minute"),
-    "SIGNUP_RATE_LIMIT": parse("120 per minute"),
-    "RATE_LIMIT_STORAGE": "memory://",
-    "BOT_MODEL": "",
-    "BOT_SYSTEM_PROMPT": "",
-    "BOT_HISTORY_CHARS": 32000,
-    "BOT_TIMEOUT": 60,
-    "BOT_MAX_SECONDS": 600,
-    "BOT_OPTIONS": {},
-    "MAX_CONCURRENT_REPLIES": 20,
-    "OPENAI_BASE_URL": "https://api.openai.com/v1",
-    "OPENAI_API_KEY": "",
-    "SIGNUP": "open",
-    "SEND_RATE_LIMIT": [],
-    "LOG_FORMAT": "text",
-}
-
-
-@pytest.mark.parametrize(("name", "default"), DEFAULTS.items(), ids=DEFAULTS)
-def test_unset_or_empty_setting_has_its_default(monkeypatch, name, default):
-    assert load_config()[name] == default
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {"SECRET_KEY", "SESSIONS_VALID_FROM"}))
+def test_unset_or_empty_setting_has_the_default_of_the_example(monkeypatch, name):
+    [default] = [line.removeprefix(f"{name}=") for line in EXAMPLE_LINES if line.startswith(f"{name}=")]
+    expected = get_value(name, default)
+    assert load_config()[name] == get_value(name, None) == get_value(name, "") == expected
     monkeypatch.setenv(name, "")
-    assert load_config()[name] == default
-    assert get_value(name, None) == get_value(name, "") == default
+    assert load_config()[name] == expected
 
 
-def test_settings_without_fixed_default_are_secret_key_and_sessions_valid_from():
-    assert SETTINGS.keys() - DEFAULTS.keys() == {"SECRET_KEY", "SESSIONS_VALID_FROM"}
-
-
-def test_unset_secret_key_is_generated_for_each_process():
-    key, other = load_config()["SECRET_KEY"], load_config()["SECRET_KEY"]
-    assert key != other
-    assert len(key) == len(other) == 64
-
-
-def test_unset_sessions_valid_from_is_the_start():
+def test_unset_secret_key_is_generated_and_unset_sessions_valid_from_is_the_start():
     before = datetime.now(UTC)
-    assert before <= load_config()["SESSIONS_VALID_FROM"] <= datetime.now(UTC)
+    one, other = load_config(), load_config()
+    assert len({one["SECRET_KEY"], other["SECRET_KEY"]}) == 2
+    assert len(one["SECRET_KEY"]) == 64
+    assert before <= one["SESSIONS_VALID_FROM"] <= other["SESSIONS_VALID_FROM"] <= datetime.now(UTC)
 
 
+UNCHANGED = {  # values that are valid as they are
+    "SECRET_KEY": [SECRET_KEY],
+    "DATABASE_URL": ["sqlite:////srv/chat.db", "postgresql://db/chat?sslmode=require"],
+    "CORS_ORIGINS": [["http://localhost:3000"], ["http://localhost:443"], []],
+    "HOST": ["::"],
+    "SESSION_COOKIE_SECURE": [True, False],
+    "SESSION_COOKIE_SAMESITE": ["Strict"],
+    "SIGNUP": ["closed"],
+    "PASSWORD_HASH_METHOD": ["pbkdf2:sha256:1", "scrypt:16384:8:1"],
+    "LOGIN_RATE_LIMIT": [parse("5 per hour")],
+    "RATE_LIMIT_STORAGE": [
+        *("redis://:word@cache:6379/1", "rediss://cache?socket_timeout=1", "redis+unix:///run/redis.sock"),
+        *("redis+sentinel://:word@one:26379,two:26379/service", "redis+cluster://one:7000,[::1]:7001"),
+    ],
+    "BOT_MODEL": ["llama3:8b"],
+    "BOT_SYSTEM_PROMPT": ["You are\na pirate. ☠"],
+    "BOT_OPTIONS": [{"seed": 1}],
+    "OPENAI_BASE_URL": ["http://localhost:11434/v1", "http://[::1]:11434/v1"],
+    "OPENAI_API_KEY": ["any text"],
+    "LOG_FORMAT": ["json"],
+}
 VALID = [
-    ("SECRET_KEY", SECRET_KEY, SECRET_KEY),
-    ("DATABASE_URL", "sqlite:////srv/chat.db", "sqlite:////srv/chat.db"),
+    *((name, value, value) for name, values in UNCHANGED.items() for value in values),
     ("DATABASE_URL", "postgres://chat:chat@db/chat", "postgresql://chat:chat@db/chat"),
     ("DATABASE_URL", "postgresql+psycopg://db:5433/chat", "postgresql://db:5433/chat"),
-    ("DATABASE_URL", "postgresql://db/chat?sslmode=require", "postgresql://db/chat?sslmode=require"),
     ("SECRET_KEY_FALLBACKS", f"{'a' * 32}, {'b' * 32}", ["a" * 32, "b" * 32]),
-    ("SIGNUP", "closed", "closed"),
     ("SEND_RATE_LIMIT", "60 per hour; 300 per day", [parse("60 per hour"), parse("300 per day")]),
-    ("SEND_RATE_LIMIT", "5/minute", [parse("5 per minute")]),
-    ("CORS_ORIGINS", "safari-web-extension://a-b,wails://wails", ["safari-web-extension://a-b", "wails://wails"]),
-    ("CORS_ORIGINS", "tauri://localhost,capacitor://localhost", ["tauri://localhost", "capacitor://localhost"]),
-    ("CORS_ORIGINS", "app://chat.Example", ["app://chat.example"]),
-    ("CORS_ORIGINS", "chrome-extension://abcdefghijklmnop", ["chrome-extension://abcdefghijklmnop"]),
-    ("CORS_ORIGINS", "moz-extension://0f-a1", ["moz-extension://0f-a1"]),
+    ("LOGIN_RATE_LIMIT", "5/hour", parse("5 per hour")),
+    ("SIGNUP_RATE_LIMIT", "100 per 2 hours", parse("100 per 2 hours")),
     ("BOT_MODEL", " llama \r\n", "llama"),
     ("PORT", " 5001\r", 5001),
-    ("DATABASE_WAIT", "0", 0),
-    ("DATABASE_WAIT", "3600", 3600),
-    ("CORS_ORIGINS", "https://chat.example.com", ["https://chat.example.com"]),
-    ("CORS_ORIGINS", "HTTPS://Chat.Example.com", ["https://chat.example.com"]),
+    ("CORS_ORIGINS", "safari-web-extension://a-b,wails://wails", ["safari-web-extension://a-b", "wails://wails"]),
+    ("CORS_ORIGINS", "tauri://localhost,moz-extension://0f-a1", ["tauri://localhost", "moz-extension://0f-a1"]),
+    ("CORS_ORIGINS", "HTTPS://Chat.Example.com,app://B", ["https://chat.example.com", "app://b"]),
     ("CORS_ORIGINS", " http://a-b.example:8080 , http://10.0.0.1,", ["http://a-b.example:8080", "http://10.0.0.1"]),
     ("CORS_ORIGINS", "http://[::1]:5173,https://[2001:db8::1]", ["http://[::1]:5173", "https://[2001:db8::1]"]),
     ("CORS_ORIGINS", "https://xn--bcher-kva.example", ["https://xn--bcher-kva.example"]),
-    ("CORS_ORIGINS", "http://localhost:443", ["http://localhost:443"]),
-    ("CORS_ORIGINS", ["http://localhost:3000"], ["http://localhost:3000"]),
     ("CORS_ORIGINS", ("http://localhost",), ["http://localhost"]),
     ("CORS_ORIGINS", ",", []),
-    ("CORS_ORIGINS", [], []),
-    ("HOST", "::", "::"),
-    ("PORT", "0", 0),
-    ("PORT", 0, 0),
-    ("PORT", 65535, 65535),
-    ("WEB_CONCURRENCY", "256", 256),
-    ("TRUSTED_PROXIES", "16", 16),
     ("TRUSTED_HOSTS", "chat.example.com, .example.org", ["chat.example.com", ".example.org"]),
     ("TRUSTED_HOSTS", ["LOCALHOST", "127.0.0.1"], ["localhost", "127.0.0.1"]),
     ("TRUSTED_HOSTS", ",", None),
     ("SESSIONS_VALID_FROM", "2026-01-31T12:00:00Z", datetime(2026, 1, 31, 12, tzinfo=UTC)),
     ("SESSIONS_VALID_FROM", "2026-01-31 12:00:00.5+02:00", datetime(2026, 1, 31, 10, 0, 0, 500000, tzinfo=UTC)),
-    ("SESSIONS_VALID_FROM", datetime(2026, 1, 31, tzinfo=UTC), datetime(2026, 1, 31, tzinfo=UTC)),
     ("SESSION_COOKIE_SECURE", "true", True),
-    ("SESSION_COOKIE_SECURE", "TRUE", True),
-    ("SESSION_COOKIE_SECURE", True, True),
     ("SESSION_COOKIE_SECURE", "False", False),
-    ("SESSION_COOKIE_SECURE", False, False),
-    ("SESSION_COOKIE_SAMESITE", "Strict", "Strict"),
-    ("PASSWORD_HASH_METHOD", "pbkdf2:sha256:1", "pbkdf2:sha256:1"),
-    ("PASSWORD_HASH_METHOD", "scrypt:16384:8:1", "scrypt:16384:8:1"),
     ("PASSWORD_HASH_METHOD", "scrypt", "scrypt:32768:8:1"),
-    ("PASSWORD_MIN_LENGTH", "1024", 1024),
-    ("LOGIN_RATE_LIMIT", "5/hour", parse("5 per hour")),
-    ("LOGIN_RATE_LIMIT", parse("5 per hour"), parse("5 per hour")),
-    ("SIGNUP_RATE_LIMIT", "100 per 2 hours", parse("100 per 2 hours")),
-    *(
-        ("RATE_LIMIT_STORAGE", url, url)
-        for url in (
-            "redis://:word@cache:6379/1",
-            "rediss://cache?socket_timeout=1",
-            "redis+unix:///run/redis.sock",
-            "redis+sentinel://:word@one:26379,two:26379/service",
-            "redis+cluster://one:7000,[::1]:7001",
-        )
-    ),
-    ("BOT_MODEL", "llama3:8b", "llama3:8b"),
-    ("BOT_SYSTEM_PROMPT", "You are a pirate. ☠", "You are a pirate. ☠"),
-    ("BOT_HISTORY_CHARS", "10000000", 10_000_000),
-    ("BOT_TIMEOUT", "3600", 3600),
-    ("BOT_MAX_SECONDS", "86400", 86400),
     ("BOT_OPTIONS", '{"temperature": 0.2, "stop": ["\\n"]}', {"temperature": 0.2, "stop": ["\n"]}),
-    ("BOT_OPTIONS", {"seed": 1}, {"seed": 1}),
-    ("MAX_CONCURRENT_REPLIES", "10000", 10000),
-    ("OPENAI_BASE_URL", "http://localhost:11434/v1", "http://localhost:11434/v1"),
-    ("OPENAI_BASE_URL", "http://[::1]:11434/v1", "http://[::1]:11434/v1"),
-    ("OPENAI_API_KEY", "any text", "any text"),
-    ("LOG_FORMAT", "json", "json"),
 ]
+BOUNDS = {  # of whole numbers
+    "DATABASE_WAIT": (0, 3600),
+    "PORT": (0, 65535),
+    "WEB_CONCURRENCY": (1, 256),
+    "TRUSTED_PROXIES": (0, 16),
+    "PASSWORD_MIN_LENGTH": (1, 1024),
+    "BOT_HISTORY_CHARS": (1000, 10_000_000),
+    "BOT_TIMEOUT": (1, 3600),
+    "BOT_MAX_SECONDS": (1, 86400),
+    "MAX_CONCURRENT_REPLIES": (1, 10_000),
+}
 
 
 @pytest.mark.parametrize(("name", "value", "parsed"), VALID)
-def test_valid_value_is_parsed(name, value, parsed):
-    assert get_value(name, value) == parsed
+def test_valid_value_is_parsed_and_what_it_is_parsed_to_is_valid(name, value, parsed):
+    assert get_value(name, value) == get_value(name, parsed) == parsed
 
 
-@pytest.mark.parametrize(("name", "value", "parsed"), VALID)
-def test_parsed_value_is_valid(name, value, parsed):
-    assert get_value(name, parsed) == parsed
+@pytest.mark.parametrize(("name", "bounds"), BOUNDS.items(), ids=BOUNDS)
+def test_whole_number_has_bounds(name, bounds):
+    minimum, maximum = bounds
+    for value in bounds:
+        assert get_value(name, value) == get_value(name, str(value)) == value
+    for value in (minimum - 1, str(minimum - 1), maximum + 1, str(maximum + 1), "1.5", "many"):
+        with pytest.raises(ConfigError, match=f"^{name} must be a whole number from {minimum} to {maximum}$"):
+            get_value(name, value)
 
 
 INVALID = {
     "SECRET_KEY": ["s3cret", "s3cret".ljust(31), b"s3cret".ljust(32), "\udcff" * 32, 5],
     "DATABASE_URL": [
-        "chat.db",
-        "sqlite",
-        "sqlite://",
-        "sqlite:///",
-        "sqlite:///:memory:",
-        "sqlite://host/chat.db",
-        "sqlite+aiosqlite:///a",
-        "sqlite:///chat.db?timeout=s3cret",
-        "sqlite:///chat\r.db",
-        "sqlite:///chat.db?application_name=chat",
-        "sqlite:///file:chat?mode=memory&uri=true",
-        "mysql://chat:s3cret@db/chat",
-        "http://db/",
-        "postgresql//db",
-        "postgresql+psycopg2://db/chat",
-        "postgresql://db/chat?unknown=s3cret",
-        "postgresql://db/chat?autocommit=1",
-        "postgresql://db/chat?prepare_threshold=-1",
-        "postgresql://db/chat?prepare_threshold=never",
-        5,
+        *("chat.db", "sqlite", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://host/chat.db", 5),
+        *("sqlite+aiosqlite:///a", "sqlite:///chat.db?timeout=s3cret", "sqlite:///chat\r.db"),
+        *("sqlite:///file:chat?mode=memory&uri=true", "mysql://chat:s3cret@db/chat", "http://db/", "postgresql//db"),
+        *("postgresql+psycopg2://db/chat", "postgresql://db/chat?unknown=s3cret", "postgresql://db/chat?autocommit=1"),
+        *("postgresql://db/chat?prepare_threshold=-1", "postgresql://db/chat?prepare_threshold=never"),
     ],
-    "DATABASE_WAIT": ["-1", "3601"],
     "CORS_ORIGINS": [
         *("*", "http://*", "https://*.example.com", r"http://.*\.example", "null", "localhost:3000", "//localhost"),
-        *(
-            "ftp://localhost",
-            "app://",
-            "app://*",
-            "chrome-extension://*",
-            "tauri://localhost/x",
-            "javascript://localhost",
-            "http://",
-            "http://localhost/",
-            "http://localhost/app",
-            "http://localhost?",
-        ),
+        *("ftp://localhost", "app://", "app://*", "chrome-extension://*", "tauri://localhost/x", "http://"),
+        *("javascript://localhost", "http://localhost/", "http://localhost/app", "http://localhost?"),
         *("http://localhost#", "http://localhost:", "http://localhost:0", "http://localhost:80", "http://localhost:x"),
         *("https://localhost:443", "http://localhost:05173", "http://ada@localhost", "http://localhost,*"),
         *("http://a b", "http://a\nb", "http://bücher.example", "http://a..b", "http://[::1", "http://[::1]]"),
@@ -237,9 +157,7 @@ INVALID = {
         {"http://localhost": 1},
     ],
     "HOST": ["no host", "999.0.0.1", "nowhere.invalid", "a\0b", 5],
-    "PORT": ["-1", "65536", "http", "5000.0", "5e3", "0x10", "9" * 5000, 70000, 80.0, True, []],
-    "WEB_CONCURRENCY": ["0", "257", "many"],
-    "TRUSTED_PROXIES": ["-1", "17", "yes"],
+    "PORT": ["http", "5000.0", "5e3", "0x10", "9" * 5000, 80.0, True, []],
     "TRUSTED_HOSTS": ["*", "*.example.com", "localhost:5000", "http://localhost", "[::1]", ".", "bücher.example", 5],
     "SESSIONS_VALID_FROM": [
         *("now", "1700000000", "2026-01-31", "2026-01-31T12:00:00", "2026-02-30T12:00:00Z"),
@@ -253,33 +171,21 @@ INVALID = {
     "SEND_RATE_LIMIT": ["10", "60 per hour;; x", "0 per day", 5],
     "SESSION_COOKIE_SAMESITE": ["lax", "none", "Loose", "None", True],
     "PASSWORD_HASH_METHOD": ["md5", "plain", "scrypt:3:8:1", "scrypt:1", "pbkdf2:sha256:0", 5],
-    "PASSWORD_MIN_LENGTH": ["0", "1025"],
     "LOGIN_RATE_LIMIT": ["10", "ten per minute", "-1 per minute", "10 per fortnight", "0 per minute", 10],
     "SIGNUP_RATE_LIMIT": ["unlimited", "0 per minute", "10 per minute; 50 per hour"],
     "RATE_LIMIT_STORAGE": [
         *("redis", "redis://", "memcached://cache", "redis://cache:port", "redis://cache:999999", "memory://x", 5),
-        *("redis+unix://", "unix:///run/redis.sock"),
-        *("redis+sentinel://one:26379", "redis+sentinel://one/service", "redis+cluster://one", "redis+cluster://"),
-        *("redis+cluster://one:7000,two", "redis+cluster://one:port"),
+        *("redis+unix://", "unix:///run/redis.sock", "redis+sentinel://one:26379", "redis+sentinel://one/service"),
+        *("redis+cluster://one", "redis+cluster://", "redis+cluster://one:7000,two", "redis+cluster://one:port"),
     ],
     "BOT_MODEL": [5, "\udcff", "a\rb", "a\0b", "a\nb"],
     "BOT_SYSTEM_PROMPT": ["a\rb", "a\x1bb"],
-    "BOT_HISTORY_CHARS": ["999", "10000001", "all"],
-    "BOT_TIMEOUT": ["0", "3601", "1.5"],
-    "BOT_MAX_SECONDS": ["0", "86401"],
     "BOT_OPTIONS": [
         *("temperature=1", "[]", "1", "{", '{"n": NaN}', "[" * 5000, '{"model": "x"}', '{"messages": []}'),
         *({"stream": False}, {1: 2}, {"seed": object()}, 5),
     ],
-    "MAX_CONCURRENT_REPLIES": ["0", "10001"],
     "OPENAI_BASE_URL": [
-        "api.openai.com",
-        "ftp://api",
-        "http://",
-        "http:///v1",
-        "http://[",
-        "http://a\nb",
-        "http://a b",
+        *("api.openai.com", "ftp://api", "http://", "http:///v1", "http://[", "http://a\nb", "http://a b"),
     ],
     "OPENAI_API_KEY": ["s3c\nret", "s3crét"],
     "LOG_FORMAT": ["JSON", "xml"],
@@ -294,41 +200,15 @@ def test_invalid_value_raises_config_error_in_one_line_that_names_the_setting(na
     assert "s3cret" not in raised.value.message
 
 
-@pytest.mark.parametrize(("is_secure", "name"), [(False, "chatbot_session"), (True, "__Host-chatbot_session")])
-def test_cookie_name_has_host_prefix_if_secure(is_secure, name):
-    values = load_config({"SESSION_COOKIE_SECURE": is_secure})
-    assert name == values["SESSION_COOKIE_NAME"]
-    assert values["SESSION_COOKIE_PATH"] == "/"
-    assert values["SESSION_COOKIE_HTTPONLY"] is True
-
-
-@pytest.mark.parametrize(
-    ("origin", "is_allowed"),
-    [
-        ("http://[::1]:5173", True),
-        ("https://chat.example.com", True),
-        ("http://[::1]:51730", False),
-        ("http://:", False),
-        ("https://chat-example.com", False),
-        ("https://chat.example.com.evil.example", False),
-    ],
-)
-def test_cors_headers_are_sent_to_listed_origins_only(origin, is_allowed):
-    app = Flask(__name__)
-    app.config.from_mapping(load_config({"CORS_ORIGINS": "http://[::1]:5173,https://chat.example.com"}))
-    CORS(app)
-    response = app.test_client().get("/", headers={"Origin": origin})
-    assert response.headers.get("Access-Control-Allow-Origin") == (origin if is_allowed else None)
-
-
 def test_overrides_win_over_environment_over_file_over_default(monkeypatch, env_file):
     assert load_config()["PORT"] == 5000
     env_file.write_text("PORT=1\n")
     assert load_config()["PORT"] == 1
     monkeypatch.setenv("PORT", "2")
     assert load_config()["PORT"] == 2
-    assert load_config({"PORT": "3", "TESTING": True})["PORT"] == 3
-    assert load_config({"TESTING": True})["TESTING"] is True
+    assert load_config({"PORT": "3", "TESTING": True}).items() >= {"PORT": 3, "TESTING": True}.items()
+    monkeypatch.setenv("PORT", "")
+    assert load_config()["PORT"] == 5000
 
 
 def test_invalid_value_in_file_is_refused_unless_overridden(monkeypatch, env_file):
@@ -342,23 +222,13 @@ def test_invalid_value_in_file_is_refused_unless_overridden(monkeypatch, env_fil
 @pytest.mark.parametrize(
     ("value", "model"),
     [
-        ('"llama"', "llama"),
-        (" 'llama'\r", "llama"),
-        ('""', ""),
-        ('"a" or "b"', '"a" or "b"'),
-        ('"', '"'),
-        ("'a\"", "'a\""),
+        *(('"llama"', "llama"), (" 'llama'\r", "llama"), ('""', "")),
+        *(('"a" or "b"', '"a" or "b"'), ('"', '"'), ("'a\"", "'a\"")),
     ],
 )
 def test_quotes_around_an_environment_variable_do_not_count(monkeypatch, value, model):
     monkeypatch.setenv("BOT_MODEL", value)
     assert load_config()["BOT_MODEL"] == model
-
-
-def test_empty_variable_hides_the_file(monkeypatch, env_file):
-    env_file.write_text("PORT=1\n")
-    monkeypatch.setenv("PORT", "")
-    assert load_config()["PORT"] == 5000
 
 
 def test_file_may_have_quotes_comments_and_bare_names(env_file):
@@ -374,40 +244,42 @@ def test_file_is_not_expanded(monkeypatch, env_file, run_flask, line):
     assert run_flask(lambda: load_config()["BOT_MODEL"]) == "${HOME}/$HOME"
 
 
-@pytest.mark.parametrize("content", ["PORT=1".encode("utf-16"), b"BOT_MODEL=\xe9"])
-def test_file_that_is_not_utf8_raises_config_error(env_file, content):
-    env_file.write_bytes(content)
-    with pytest.raises(ConfigError) as raised:
-        load_config()
-    assert raised.value.message == f"{env_file} must be a text file in UTF-8"
-
-
 @pytest.mark.parametrize(
-    "create", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["folder", "pipe", "device"]
+    ("create", "kind"),
+    [
+        (lambda path: path.write_bytes("PORT=1".encode("utf-16")), "a text file in UTF-8"),
+        (lambda path: path.write_bytes(b"BOT_MODEL=\xe9"), "a text file in UTF-8"),
+        (os.mkdir, "a regular file"),
+        (os.mkfifo, "a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "a regular file"),
+    ],
+    ids=["UTF-16", "Latin-1", "folder", "pipe", "device"],
 )
-def test_file_that_is_not_a_regular_one_raises_config_error(env_file, create):
+def test_file_that_is_not_a_regular_one_in_utf8_raises_config_error(env_file, create, kind):
     create(env_file)
     with pytest.raises(ConfigError) as raised:
         load_config()
-    assert raised.value.message == f"{env_file} must be a regular file"
+    assert raised.value.message == f"{env_file} must be {kind}"
 
 
-@pytest.mark.parametrize("name", [".env", ".flaskenv"])
-def test_flask_command_ignores_env_file_of_parent_folder(env_file, run_flask, name):
-    (env_file.parents[1] / name).write_text("DATABASE_URL=sqlite:///parent.db\nBOT_MODEL=parent\n")
-    assert run_flask(lambda: load_config()["DATABASE_URL"]) == "sqlite:///chatbot.db"
-
-
-def test_flask_command_reads_project_env_file_despite_flaskenv(env_file, run_flask):
-    (env_file.parents[1] / ".flaskenv").write_text("PORT=1\n")
-    env_file.write_text("PORT=2\nBOT_MODEL=project\n")
-    assert run_flask(lambda: (load_config()["PORT"], load_config()["BOT_MODEL"])) == (2, "project")
-
-
-def test_environment_wins_over_files_under_the_flask_command(monkeypatch, env_file, run_flask):
-    (env_file.parents[1] / ".env").write_text("PORT=1\n")
-    monkeypatch.setenv("PORT", "3")
-    assert run_flask(lambda: load_config()["PORT"]) == 3
+@pytest.mark.parametrize(
+    ("parent_file", "project_file", "environment", "port"),
+    [
+        (".env", "", {}, 5000),
+        (".flaskenv", "", {}, 5000),
+        (".flaskenv", "PORT=2", {}, 2),
+        (".env", "PORT=2", {"PORT": "3"}, 3),
+        (".env", "", {"PORT": "1", "FLASK_SKIP_DOTENV": "1"}, 1),
+    ],
+)
+def test_flask_command_reads_the_environment_and_the_project_s_file_but_no_file_of_a_parent_folder(
+    monkeypatch, env_file, run_flask, parent_file, project_file, environment, port
+):
+    (env_file.parents[1] / parent_file).write_text("PORT=1\n")
+    env_file.write_text(project_file)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_flask(lambda: load_config()["PORT"]) == port
 
 
 def test_env_file_option_of_the_flask_command_sets_the_environment(env_file, run_flask, tmp_path):
@@ -416,37 +288,11 @@ def test_env_file_option_of_the_flask_command_sets_the_environment(env_file, run
     assert run_flask(lambda: load_config()["PORT"], "--env-file", str(tmp_path / "other")) == 2
 
 
-def test_flask_skip_dotenv_keeps_the_environment(monkeypatch, env_file, run_flask):
-    (env_file.parents[1] / ".env").write_text("PORT=3\n")
-    monkeypatch.setenv("PORT", "3")
-    monkeypatch.setenv("FLASK_SKIP_DOTENV", "1")
-    assert run_flask(lambda: load_config()["PORT"]) == 3
-
-
-def test_example_describes_each_setting_in_the_line_before():
+def test_example_describes_every_setting_in_the_line_before_and_has_its_default():
     lines = EXAMPLE_LINES[-2 * len(SETTINGS) :]
-    for comment, setting in zip(lines[::2], lines[1::2], strict=True):
-        assert comment.startswith("# ")
-        assert re.match("[A-Z_]+=", setting)
-
-
-def test_example_changes_nothing(monkeypatch):
-    overrides = {"SECRET_KEY": SECRET_KEY, "SESSIONS_VALID_FROM": "2026-01-31T12:00:00Z"}
-    values = load_config(overrides)
-    monkeypatch.setattr(config, "ENV_FILE", ROOT / ".env.example")
-    assert load_config(overrides) == values
-
-
-def test_example_names_every_setting_once_with_its_default():
-    settings = [f"{name}={default or ''}" for name, (default, _) in SETTINGS.items()]
-    assert [line for line in EXAMPLE_LINES if re.match("[A-Z]", line)] == settings
-
-
-def get_connect_args(url):
-    """Return what psycopg.connect() gets for a DATABASE_URL."""
-    return engine_options(load_config({"DATABASE_URL": url})["DATABASE_URL"])["SQLALCHEMY_ENGINE_OPTIONS"][
-        "connect_args"
-    ]
+    assert all(comment.startswith("# ") for comment in lines[::2])
+    assert lines[1::2] == [f"{name}={default or ''}" for name, (default, _) in SETTINGS.items()]
+    assert not [line for line in EXAMPLE_LINES[: -len(lines)] if re.match("[A-Z]", line)]
 
 
 @pytest.mark.parametrize(
@@ -465,10 +311,10 @@ def get_connect_args(url):
     ],
 )
 def test_database_url_is_read_as_libpq_reads_it(url, connect_args):
-    assert get_connect_args(url).items() >= connect_args.items()
+    options = engine_options(get_value("DATABASE_URL", url))["SQLALCHEMY_ENGINE_OPTIONS"]
+    assert options["connect_args"].items() >= connect_args.items()
 
 
-@pytest.mark.parametrize("name", ["SESSION_COOKIE_SAMESITE", "SESSION_COOKIE_PARTITIONED"])
-def test_cookie_for_other_sites_is_valid_if_secure(name):
-    value = {"SESSION_COOKIE_SAMESITE": "None", "SESSION_COOKIE_PARTITIONED": True}[name]
+@pytest.mark.parametrize(("name", "value"), [("SESSION_COOKIE_SAMESITE", "None"), ("SESSION_COOKIE_PARTITIONED", True)])
+def test_cookie_for_other_sites_is_valid_if_secure(name, value):
     assert load_config({name: value, "SESSION_COOKIE_SECURE": True})[name] == value

@@ -27,8 +27,7 @@ def test_docs_page_refers_to_relative_urls_that_exist(client):
 def test_docs_page_allows_no_inline_scripts_or_styles_but_its_own(client):
     policy = client.get("/api/docs/").headers["Content-Security-Policy"]
     assert "unsafe" not in policy
-    assert "default-src 'none'" in policy
-    assert "frame-ancestors 'none'" in policy
+    assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(policy.split("; "))
 
 
 @pytest.mark.parametrize("tag", ["{}", "W/{}", '"other", {}', "{gzip}"])

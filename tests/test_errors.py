@@ -7,10 +7,13 @@ from sqlalchemy import event, exc
 
 from app import db
 from tests.conftest import on_sqlite
+from tests.helpers.bots import start_reply
+from tests.helpers.data import get_answer
 from tests.helpers.server import wait_until
 from tests.helpers.statuses import STATUSES, failing_bot, request_every_status
 
-DATABASE_UNAVAILABLE = {"error": "The database is unavailable, try again later"}
+DATABASE_UNAVAILABLE = 503, {"error": "The database is unavailable, try again later"}
+DATABASE_ERRORS = exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.NotSupportedError, exc.DatabaseError
 REQUESTS = [
     ("GET", "/api/users/status", None),
     ("GET", "/api/current_user", None),
@@ -21,22 +24,14 @@ REQUESTS = [
 UNKNOWN_PATHS = ["/unknown", "/api", "/api/", "/API/test", "/api/test/", "/api//test", "/😀", "/%ff"]
 WRONG_METHODS = [
     ("GET", "/api/signup", {"POST"}),
-    ("GET", "/api/login", {"POST"}),
     ("GET", "/api/logout/1", {"POST"}),
     ("POST", "/api/password", {"PUT"}),
     ("GET", "/api/account", {"DELETE"}),
     ("POST", "/api/test", {"GET"}),
-    ("POST", "/api/users/status", {"GET"}),
     ("DELETE", "/api/conversations", {"GET", "POST"}),
     ("POST", "/api/conversations/1", {"GET", "PUT", "PATCH", "DELETE"}),
-    ("PUT", "/api/conversations/1/messages", {"GET", "POST"}),
     ("POST", "/api/conversations/1/messages/1", {"GET", "PUT"}),
-    ("GET", "/api/conversations/1/messages/1/stop", {"POST"}),
 ]
-
-
-def open_path(client, method, path, body):
-    return client.open(path, method=method, json=body)
 
 
 @pytest.fixture
@@ -46,17 +41,16 @@ def app(make_app):
 
 @pytest.fixture
 def raise_in_database(app):
-    """A function that has each statement fail with an exception."""
+    """A function that has each statement, or the next one, fail with an exception."""
 
-    def install(error):
+    def install(error, once=False):
+        def fail(*args):
+            raise error
+
         with app.app_context():
-            event.listen(db.engine, "before_cursor_execute", lambda *args: raise_error(error))
+            event.listen(db.engine, "before_cursor_execute", fail, once=once)
 
     return install
-
-
-def raise_error(error):
-    raise error
 
 
 def test_every_error_is_one_sentence_in_json(app):
@@ -64,8 +58,7 @@ def test_every_error_is_one_sentence_in_json(app):
     assert [response.status_code for response in responses] == STATUSES
     for response in responses:
         if response.status_code >= 400:
-            assert response.content_type == "application/json"
-            assert list(response.json) == ["error"]
+            assert (response.content_type, [*response.json]) == ("application/json", ["error"])
             assert response.json["error"].strip() == response.json["error"] != ""
 
 
@@ -81,7 +74,7 @@ def test_every_error_is_one_sentence_in_json(app):
 )
 def test_error_of_the_bot_says_nothing_of_its_cause_but_the_log_does(ada, caplog, text, status, error, retry_after):
     response = ada.send_message(ada.create_conversation(), text)
-    assert (response.status_code, response.json) == (status, {"error": error})
+    assert get_answer(response) == (status, {"error": error})
     assert response.headers.get("Retry-After") == retry_after
     assert "cause" not in f"{response.headers}"
     assert "the cause" in caplog.text
@@ -92,82 +85,67 @@ def test_error_of_the_bot_says_nothing_of_its_cause_but_the_log_does(ada, caplog
 def test_unknown_path_returns_404(client):
     for path in UNKNOWN_PATHS:
         for method in ("GET", "POST", "DELETE"):
-            response = client.open(path, method=method)
-            assert (response.status_code, response.json) == (404, {"error": "Not found"}), (method, path)
+            assert get_answer(client.open(path, method=method)) == (404, {"error": "Not found"}), (method, path)
 
 
 @on_sqlite
 def test_wrong_method_returns_405_with_the_allowed_methods(client):
     for method, path, allowed in WRONG_METHODS:
         response = client.open(path, method=method)
-        assert (response.status_code, response.json) == (405, {"error": "Method not allowed"}), (method, path)
+        assert get_answer(response) == (405, {"error": "Method not allowed"}), (method, path)
         assert set(response.headers["Allow"].split(", ")) - {"HEAD", "OPTIONS"} == allowed, (method, path)
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "error",
     [
-        exc.OperationalError,
-        exc.InterfaceError,
-        exc.InternalError,
-        exc.NotSupportedError,
-        exc.DatabaseError,
-        exc.TimeoutError,
+        *(kind("SELECT secret", None, Exception("the\ncause")) for kind in DATABASE_ERRORS),
+        exc.TimeoutError(),
     ],
+    ids=lambda error: type(error).__name__,
 )
-def test_unavailable_database_returns_503_and_is_logged_in_one_line(ada, raise_in_database, caplog, kind):
-    raise_in_database(kind() if kind is exc.TimeoutError else kind("SELECT secret", None, Exception("the\ncause")))
+def test_unavailable_database_returns_503_and_is_logged_in_one_line(ada, raise_in_database, caplog, error):
+    raise_in_database(error)
     for method, path, body in REQUESTS:
         caplog.clear()
-        response = open_path(ada, method, path, body)
-        assert (response.status_code, response.json) == (503, DATABASE_UNAVAILABLE), path
+        response = ada.open(path, method=method, json=body)
+        assert get_answer(response) == DATABASE_UNAVAILABLE, path
         assert int(response.headers["Retry-After"]) > 0
-        [error] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-        assert error.startswith("The database of DATABASE_URL cannot be used (")
-        assert "\n" not in error
+        [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert line.startswith("The database of DATABASE_URL cannot be used (")
+        assert "\n" not in line
         assert "secret" not in caplog.text
         assert "Traceback" not in caplog.text
 
 
-def test_request_after_the_database_was_unavailable_succeeds(app, ada):
-    def fail_once(*args):
-        raise exc.OperationalError("SELECT 1", None, Exception("gone"))
-
-    with app.app_context():
-        event.listen(db.engine, "before_cursor_execute", fail_once, once=True)
-    assert ada.get("/api/current_user").status_code == 503
-    assert ada.get("/api/current_user").status_code == 200
+def test_request_after_the_database_was_unavailable_succeeds(ada, raise_in_database):
+    raise_in_database(exc.OperationalError("SELECT 1", None, Exception("gone")), once=True)
+    assert [ada.get("/api/current_user").status_code for _ in range(2)] == [503, 200]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), [REQUESTS[0], *REQUESTS[2:4]])
-def test_database_that_cannot_be_reached_returns_503(make_app, tmp_path, method, path, body):
-    for url in (f"sqlite:///{tmp_path}", "postgresql://127.0.0.1:1/none"):
-        response = open_path(make_app(DATABASE_URL=url).test_client(), method, path, body)
-        assert (response.status_code, response.json) == (503, DATABASE_UNAVAILABLE)
+@on_sqlite
+@pytest.mark.parametrize("url", ["sqlite:///{}", "sqlite:///{}/text.db", "postgresql://127.0.0.1:1/none"])
+def test_database_that_cannot_be_reached_or_is_none_returns_503(make_app, tmp_path, url):
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    client = make_app(DATABASE_URL=url.format(tmp_path)).test_client()
+    for method, path, body in (REQUESTS[0], *REQUESTS[2:4]):
+        assert get_answer(client.open(path, method=method, json=body)) == DATABASE_UNAVAILABLE, path
 
 
 def test_database_without_tables_returns_503_and_the_log_says_what_to_run(make_app, empty_database, caplog):
-    response = make_app(DATABASE_URL=empty_database).test_client().get("/api/users/status")
-    assert (response.status_code, response.json) == (503, DATABASE_UNAVAILABLE)
+    client = make_app(DATABASE_URL=empty_database).test_client()
+    assert get_answer(client.get("/api/users/status")) == DATABASE_UNAVAILABLE
     assert "The database lacks its tables: run python -m flask db upgrade" in caplog.text
-
-
-def test_file_that_is_no_database_returns_503(make_app, tmp_path):
-    (tmp_path / "text.db").write_text("no database " * 1000)
-    response = make_app(DATABASE_URL=f"sqlite:///{tmp_path / 'text.db'}").test_client().get("/api/users/status")
-    assert (response.status_code, response.json) == (503, DATABASE_UNAVAILABLE)
 
 
 @pytest.mark.parametrize(
     "error", [exc.ProgrammingError("SELECT secret", None, Exception("the cause")), ZeroDivisionError("the cause")]
 )
-def test_bug_returns_500_without_its_cause_and_is_logged_once_with_traceback(
-    app, ada, raise_in_database, caplog, error
-):
+def test_bug_returns_500_without_its_cause_and_is_logged_once_with_traceback(ada, raise_in_database, caplog, error):
     caplog.clear()
     raise_in_database(error)
     response = ada.get("/api/conversations")
-    assert (response.status_code, response.json) == (500, {"error": "Internal server error"})
+    assert get_answer(response) == (500, {"error": "Internal server error"})
     assert "cause" not in f"{response.headers}"
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
     assert "Traceback" in caplog.text
@@ -207,13 +185,12 @@ def test_database_error_at_a_send_is_logged_without_the_message(app, ada, caplog
 def test_database_error_at_the_end_of_a_reply_is_logged_without_the_message(app, ada, caplog):
     conversation_id = ada.create_conversation()
     with messages_refused(app, event="UPDATE", sender="bot"):
-        headers = {"Prefer": "respond-async", "X-Request-ID": "request-7"}
-        response = ada.send_message(conversation_id, "words", headers=headers)
+        _, reply = start_reply(ada, conversation_id, "my words")
         wait_until(lambda: "Replies cannot be saved" in caplog.text)
     assert [record for record in caplog.records if record.levelname == "ERROR"]
     assert "Traceback" in caplog.text
-    assert "words" not in caplog.text
-    wait_until(lambda: "status" not in ada.get_message(conversation_id, response.json[1]["id"]).json)
+    assert "my words" not in caplog.text
+    wait_until(lambda: "status" not in ada.get_message(conversation_id, reply["id"]).json)
 
 
 def test_error_of_a_client_leaves_no_traceback(ada, caplog):

@@ -39,6 +39,9 @@ def parse_lines(text):
     return [LINE.fullmatch(line).groupdict() for line in text.splitlines()]
 
 
+both_formats = pytest.mark.parametrize("log_format", ["text", "json"])
+
+
 # Request ids
 
 
@@ -49,16 +52,16 @@ def test_every_response_has_a_request_id_of_its_own(log_app):
     assert all(re.fullmatch("[0-9a-f]{16}", id) for id in ids)
 
 
-@pytest.mark.parametrize("request_id", ["abc-1.2_3", "a" * 64, "1"])
-def test_valid_request_id_of_the_client_is_kept(client, request_id):
+@pytest.mark.parametrize(
+    ("request_id", "expected"),
+    [
+        *((request_id, request_id) for request_id in ("abc-1.2_3", "a" * 64, "1")),
+        *((invalid, "[0-9a-f]{16}") for invalid in ("", " ", "a b", "a" * 65, "é", "<script>", "a;b", "a\tb", "[x]")),
+    ],
+)
+def test_request_id_of_the_client_is_kept_if_it_is_valid_and_replaced_if_not(client, request_id, expected):
     response = client.get("/api/test", headers={"X-Request-ID": request_id})
-    assert response.headers["X-Request-ID"] == request_id
-
-
-@pytest.mark.parametrize("request_id", ["", " ", "a b", "a" * 65, "é", "<script>", "a;b", "a\tb", "[x]"])
-def test_invalid_request_id_of_the_client_is_replaced(client, request_id):
-    response = client.get("/api/test", headers={"X-Request-ID": request_id})
-    assert re.fullmatch("[0-9a-f]{16}", response.headers["X-Request-ID"])
+    assert re.fullmatch(expected, response.headers["X-Request-ID"])
 
 
 # The log
@@ -66,12 +69,11 @@ def test_invalid_request_id_of_the_client_is_replaced(client, request_id):
 
 def test_each_request_is_one_line_of_the_log(log_app, capsys):
     client = create_logged_in_client(log_app(), "ada")
-    conversation_id = client.create_conversation()
+    path = f"/api/conversations/{client.create_conversation()}"
     capsys.readouterr()
-    path = f"/api/conversations/{conversation_id}"
     responses = {
         ("GET", "/api/conversations", "200", "1"): client.get("/api/conversations?q=secret"),
-        ("POST", f"{path}/messages", "201", "1"): client.send_message(conversation_id),
+        ("POST", f"{path}/messages", "201", "1"): client.post(f"{path}/messages", json={"text": "Hello"}),
         ("DELETE", path, "204", "1"): client.delete(path),
         ("POST", "/api/logout/99", "403", "1"): client.post("/api/logout/99"),
         ("GET", "/unknown", "404", "-"): client.get("/unknown"),
@@ -80,14 +82,12 @@ def test_each_request_is_one_line_of_the_log(log_app, capsys):
         ("GET", "/api/current_user", "401", "-"): client.get("/api/current_user"),
     }
     lines = parse_lines(capsys.readouterr().err)
-    for ((method, path, status, user), response), line in zip(responses.items(), lines, strict=True):
-        assert line["level"] == "INFO"
-        assert line["request_id"] == response.headers["X-Request-ID"]
+    for (fields, response), line in zip(responses.items(), lines, strict=True):
+        assert (line["level"], line["request_id"]) == ("INFO", response.headers["X-Request-ID"])
         assert datetime.fromisoformat(line["time"]).tzinfo
-        fields = REQUEST.fullmatch(line["message"]).groupdict()
-        assert (fields["method"], fields["path"], fields["status"]) == (method, path, status)
-        assert (fields["user"], fields["address"]) == (user, "127.0.0.1")
-        assert 0 <= float(fields["ms"]) < 60_000
+        *logged, milliseconds, user, address = REQUEST.fullmatch(line["message"]).groups()
+        assert (*logged, user, address) == (*fields, "127.0.0.1")
+        assert 0 <= float(milliseconds) < 60_000
 
 
 def test_log_format_json_is_one_object_for_each_request(log_app, capsys):
@@ -100,46 +100,31 @@ def test_log_format_json_is_one_object_for_each_request(log_app, capsys):
     assert 0 <= fields.pop("duration_ms") < 60_000
     assert re.fullmatch(r"GET /api/conversations 200 \d+\.\d ms user=1 from 127\.0\.0\.1", fields.pop("message"))
     assert fields == {
-        "level": "INFO",
-        "logger": "app.requests",
-        "request_id": "my-id",
-        "method": "GET",
-        "path": "/api/conversations",
-        "status": 200,
-        "address": "127.0.0.1",
-        "user_id": 1,
+        **{"level": "INFO", "logger": "app.requests", "request_id": "my-id", "method": "GET"},
+        **{"path": "/api/conversations", "status": 200, "address": "127.0.0.1", "user_id": 1},
     }
 
 
+@both_formats
 @pytest.mark.parametrize(
-    ("method", "path", "body"),
+    ("path", "body"),
     [
-        ("POST", "/api/login", {"username": "ada", "password": "wrong"}),
-        ("POST", "/api/conversations/1/messages", {"text": "fail"}),
-        ("POST", "/api/conversations/1/messages", {"text": "crash"}),
+        ("/api/login", {"username": "ada", "password": "wrong"}),
+        ("/api/conversations/1/messages", {"text": "fail"}),
+        ("/api/conversations/1/messages", {"text": "crash"}),
     ],
 )
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_every_line_of_a_request_has_its_request_id(log_app, capsys, log_format, method, path, body):
+def test_every_line_of_a_request_has_its_request_id(log_app, capsys, log_format, path, body):
     client = create_logged_in_client(log_app(LOG_FORMAT=log_format), "ada")
     client.create_conversation()
     capsys.readouterr()
-    client.open(path, method=method, json=body, headers={"X-Request-ID": "my-id"})
+    client.post(path, json=body, headers={"X-Request-ID": "my-id"})
     output = capsys.readouterr().err
     if log_format == "json":
         ids = [json.loads(line)["request_id"] for line in output.splitlines()]
     else:
         ids = re.findall(r"^\S+ [A-Z]+ \[(.*?)\]", output, re.MULTILINE)
     assert ids == ["my-id"] * 2
-
-
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_line_of_an_unavailable_database_has_the_request_id(log_app, capsys, tmp_path, log_format):
-    client = log_app(LOG_FORMAT=log_format, DATABASE_URL=f"sqlite:///{tmp_path}/empty.db").test_client()
-    assert client.get("/api/users/status", headers={"X-Request-ID": "my-id"}).status_code == 503
-    lines = capsys.readouterr().err.splitlines()
-    assert ["my-id" in line for line in lines] == [True] * 2
-    assert "The database lacks its tables" in lines[0]
 
 
 def test_traceback_in_json_is_a_field_of_one_line(log_app, capsys):
@@ -154,31 +139,28 @@ def test_warning_of_a_library_has_the_format_of_the_log(log_app, capsys):
     with log_app(LOG_FORMAT="json").test_request_context():
         g.request_id = "my-id"
         logging.lastResort.handle(record)  # which is where it gets without a handler of its own
-    fields = json.loads(capsys.readouterr().err)
-    assert (fields["logger"], fields["message"], fields["request_id"]) == ("sqlalchemy.pool", "a\nb", "my-id")
+    expected = {"logger": "sqlalchemy.pool", "message": "a\nb", "request_id": "my-id"}
+    assert json.loads(capsys.readouterr().err).items() >= expected.items()
 
 
 def test_health_is_not_logged(log_app, capsys):
-    client = log_app().test_client()
-    client.get("/api/health")
+    log_app().test_client().get("/api/health")
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
+@both_formats
 def test_log_contains_no_password_text_name_query_or_cookie(log_app, capsys, log_format):
     client = log_app(LOG_FORMAT=log_format).test_client()
     client.signup("USERNAME", "PASSWORD")
-    client.login("PASSWORD", "PASSWORD")
-    client.login("USERNAME", "PASSWORD wrong")
-    client.post("/api/login", json=["PASSWORD"])
+    for username, password in (("PASSWORD", "PASSWORD"), ("USERNAME", "PASSWORD wrong"), ("USERNAME", "PASSWORD")):
+        client.login(username, password)
+    for body in (["PASSWORD"], {"password": ["PASSWORD"]}):
+        client.post("/api/login?password=PASSWORD", json=body)
     client.post("/api/login", data='{"password": "PASSWORD', content_type="application/json")
-    client.post("/api/login?password=PASSWORD")
-    client.login("USERNAME", "PASSWORD")
     client = create_logged_in_client(client.application, "bob")
     conversation_id = client.create_conversation("NAME")
-    client.send_message(conversation_id, "TEXT")
-    client.send_message(999, "TEXT")
-    client.send_message(conversation_id, {"TEXT": "TEXT"})
+    for id, text in ((conversation_id, "TEXT"), (999, "TEXT"), (conversation_id, {"TEXT": "TEXT"})):
+        client.send_message(id, text)
     client.get("/api/conversations?q=TEXT")
     client.put("/api/password", json={"current_password": "PASSWORD", "new_password": "PASSWORD"})
     output = capsys.readouterr().err
@@ -187,7 +169,7 @@ def test_log_contains_no_password_text_name_query_or_cookie(log_app, capsys, log
     assert client.session_cookie not in output
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
+@both_formats
 @pytest.mark.parametrize(
     "path", ["/a%0AINFO GET /forged", "/a%0D%0Aforged", "/a\x85forged", "/%1b[31mforged", "/a%E2%80%A8forged", "/a b é"]
 )
@@ -207,7 +189,7 @@ def test_failure_before_the_request_begins_is_a_500_in_json_with_a_request_id(ap
     assert re.fullmatch("[0-9a-f]{16}", response.headers["X-Request-ID"])
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
+@both_formats
 def test_stream_is_logged_when_it_ends_with_what_it_notes(log_app, capsys, log_format):
     app = log_app(LOG_FORMAT=log_format)
 
@@ -240,10 +222,10 @@ def test_body_with_a_content_coding_returns_415(client, coding, status):
     body = {"username": "ada", "password": "secret"}
     response = client.post("/api/login", json=body, headers={"Content-Encoding": coding})
     assert response.status_code == status
-    assert status == 401 or response.json["error"].startswith("The body must not be compressed")
+    assert response.json["error"].startswith("The body must not be compressed") is (status == 415)
 
 
-def test_longest_message_arrives_however_it_is_escaped(client, ada, conversation_id):
+def test_longest_message_arrives_however_it_is_escaped(ada, conversation_id):
     body = json.dumps({"text": "😀" * 100_000})
     assert len(body) > 1_200_000
     path = f"/api/conversations/{conversation_id}/messages"

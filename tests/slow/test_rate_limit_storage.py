@@ -14,7 +14,7 @@ from flask import Flask
 from limits import parse
 from werkzeug.exceptions import TooManyRequests
 
-from app.security import STORAGE_RETRY_INTERVAL, rate_limiter
+from app.security import STORAGE_RETRY_INTERVAL, init_app, rate_limiter
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
@@ -126,7 +126,7 @@ def count_connections(listener):
 def create_app(url):
     app = Flask("storage")
     app.config["RATE_LIMIT_STORAGE"] = url
-    rate_limiter.init_app(app)
+    init_app(app)
     return app
 
 
