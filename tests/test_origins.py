@@ -227,3 +227,9 @@ def test_every_response_has_the_security_headers_and_may_be_kept_only_with_its_e
 def test_response_over_https_demands_https(client, path):
     response = client.get(path, base_url="https://localhost")
     assert response.headers["Strict-Transport-Security"].startswith("max-age=31536000")
+
+
+@pytest.mark.parametrize(("count", "is_allowed"), [(100, True), (200, False)])
+def test_preflight_of_very_many_headers_allows_none(client, count, is_allowed):
+    response = ask(client, "/api/login", "POST", ",".join(["accept"] * count))
+    assert ("Access-Control-Allow-Headers" in response.headers) == is_allowed

@@ -10,7 +10,7 @@ from limits import parse, parse_many
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import generate_password_hash
 
-from app.security import authenticate, client_address, init_app, rate_limiter, record_send, verify_password
+from app.security import authenticate, client_address, init_app, record_send, verify_password
 from app.threads import MAX_LONG_QUERIES, run_long_query
 from tests.helpers.server import run_all, run_concurrently
 

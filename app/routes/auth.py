@@ -160,7 +160,6 @@ def get_user(username):
 
 def reauthenticate(password):
     """Abort with 403 if the password is not that of the current user."""
-    db.session.close()  # holds no connection while the password is hashed
     if not authenticate(current_user.username, current_user, password):
         abort(403, "Wrong password")
 
