@@ -23,11 +23,6 @@ MIN_SECRET_KEY_LENGTH = 32
 DEFAULT_PORTS = {"http": 80, "https": 443}
 QUOTED = re.compile(r"""\A(["'])((?:(?!\1).)*)\1\Z""", re.DOTALL)  # as `docker --env-file` passes values on
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
-SERVER, PORT = r"([^@]*@)?([^@/:,\[]+|\[[0-9a-fA-F:]+\])", ":[1-9][0-9]{0,4}"
-STORAGE_URL = re.compile(
-    rf"memory://|rediss?://{SERVER}({PORT})?([/?].*)?|redis\+unix://([^@/]*@)?/.+"
-    rf"|redis\+sentinel://{SERVER}{PORT}(,{SERVER}{PORT})*/.+|redis\+cluster://{SERVER}{PORT}(,{SERVER}{PORT})*/?"
-)
 APP_SCHEMES = (  # of pages within apps
     *("app", "capacitor", "capacitor-electron", "chrome-extension", "electron", "ionic", "moz-extension"),
     *("safari-web-extension", "tauri", "vscode-webview", "wails"),
@@ -210,7 +205,20 @@ def parse_rate_limit(value):
 
 def parse_rate_limit_storage(value):
     """Return the URL of a storage that the package limits knows: this process's memory or Redis."""
-    if not STORAGE_URL.fullmatch(parse_str(value)):
+    parts = urlsplit(parse_str(value))
+    try:
+        servers = [urlsplit(f"//{server}") for server in parts.netloc.rpartition("@")[2].split(",")]
+        is_complete = all(server.hostname and server.port for server in servers)
+        is_valid = {
+            "redis": parts.netloc and servers[0].port != 0,
+            "rediss": parts.netloc and servers[0].port != 0,
+            "redis+unix": parts.path,
+            "redis+sentinel": is_complete and parts.path.strip("/"),
+            "redis+cluster": is_complete,
+        }.get(parts.scheme, value == "memory://")
+    except ValueError:
+        is_valid = False
+    if not is_valid:
         raise ValueError("must be memory:// or the URL of a Redis server, such as redis://localhost:6379")
     return value
 
@@ -294,7 +302,7 @@ FIXED = {
     "CORS_VARY_HEADER": False,  # app/hooks.py sets Vary for every response
     "MAX_CONTENT_LENGTH": 2**21,  # a message of 100,000 emoji takes 1.2 MB if each is written as two escapes
     "PERMANENT_SESSION_LIFETIME": timedelta(days=400),  # browsers keep no cookie longer; the database ends sessions
-    "REMEMBER_COOKIE_NAME": None,  # Flask-Login's other cookie is not read
+    "REMEMBER_COOKIE_NAME": None,  # no cookie has this name: Flask-Login's other one is not read
     "SESSION_COOKIE_HTTPONLY": True,
     "SESSION_COOKIE_NAME": "chatbot_session",  # not Flask's default, which other apps on the host use
     "SESSION_COOKIE_PATH": "/",

@@ -73,7 +73,10 @@ def init_extensions(app, bot):
         db.init_app(app)
     except OSError as error:
         raise ConfigError(f"DATABASE_URL requires the folder {app.instance_path}: {error.strerror}") from None
-    app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    try:
+        app.extensions["replies"] = ReplyManager(app, bot or create_bot(app.config))
+    except (OSError, ValueError):  # from None, as the error may quote a password
+        raise ConfigError("OPENAI_BASE_URL, its proxy or SSLKEYLOGFILE cannot be used") from None
     with app.app_context():
         configure_engine(db.engine)
 

@@ -19,7 +19,7 @@ from app.security import hash_password
 from app.validation import check_new_password, check_username
 
 DEMO_PASSWORD = "demo password"
-DEMO = {  # user: (conversation, texts of the user, status of the last reply)
+DEMO = {  # user: conversations with their texts of the user, and the status of the last reply
     "charles": [
         ("The analytical engine", ["Hello", "Can a machine compose music?", "I think it might"]),
         ("Notes", ["Note G is about the Bernoulli numbers"]),

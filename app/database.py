@@ -115,7 +115,10 @@ def json_array(column):
 
 
 class Template(FunctionElement):
-    """An SQL expression of which each database has its own template: `{0}` stands for the first argument."""
+    """An SQL expression of which each database has its own template: `{0}` stands for the first argument.
+
+    SQLAlchemy wants `inherit_cache` in each subclass.
+    """
 
 
 @compiles(Template)
@@ -146,7 +149,7 @@ class database_now(Template):
 
 
 class contains(Template):
-    """`contains(column, fold_case(text))` tells whether a column has a text in any case in linear time."""
+    """`contains(column, fold_case(text))` is true if a column has a text, in any case. It takes linear time."""
 
     type = Boolean()
     inherit_cache = True
@@ -217,18 +220,16 @@ def configure_sqlite(connection, record):
 
 def begin_immediate(connection):
     """Begin a transaction on SQLite with the write lock, so that it cannot fail halfway because of another one."""
-    options = connection.get_execution_options()
-    if options.get("begin_immediate", True):
-        timeout = options.get("lock_timeout", SQLITE_LOCK_TIMEOUT)
-        retry_while_locked(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"), OperationalError, timeout)
+    if connection.get_execution_options().get("begin_immediate", True):
+        retry_while_locked(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"), OperationalError)
 
 
-def retry_while_locked(func, exception, timeout=SQLITE_LOCK_TIMEOUT):
-    """Call a function again while SQLite is locked, for some seconds; return its result.
+def retry_while_locked(func, exception):
+    """Call a function again while SQLite is locked, for SQLITE_LOCK_TIMEOUT; return its result.
 
     SQLite's own waiting would stop all greenlets of a worker; this sleep lets them go on.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + SQLITE_LOCK_TIMEOUT
     delay = 0.001
     while True:
         try:

@@ -88,7 +88,7 @@ class ModelReply:
         self.is_over = Event()
         self.is_cancelled = self.is_late = False
         self.lock = Lock()
-        self.sock = None  # of the connection, see TrackedConnection
+        self.sock = None  # of the connection, see ConnectionOfReply
 
     def __iter__(self):
         """Yield the chunks. Raises BotError."""

@@ -60,7 +60,7 @@ RETRY_DELAY = re.compile(
     re.IGNORECASE,
 )
 RETRY_FIELD = re.compile(
-    r'"(?:x-)?((?:ms-)?retry[_-]?(?:after|in)[_-]?(?:ms|seconds)?)"\s*:\s*"?([0-9]{1,9}(?:\.[0-9]*)?)s?(?![0-9a-z])',
+    r'"(?:x-|ms-)*retry[_-]?(?:after|in)[_-]?(ms|seconds)?"\s*:\s*"?([0-9]{1,9}(?:\.[0-9]*)?)s?(?![0-9a-z])',
     re.IGNORECASE,
 )
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(ms|milli|s|m|h|d)")
@@ -156,7 +156,7 @@ class Completion:
 
     def receive(self, name, data):
         """Take in an event. Raises BotError if it is neither a part of the reply, nor usage, nor a sign of life."""
-        if is_ping(name) or (not data.startswith(b"{") and is_ping(data[:20].decode(errors="replace"))):
+        if is_ping(name) or (len(data) <= 20 and is_ping(data.decode(errors="replace"))):
             return
         if ERROR_NAME.search(name):
             raise parse_error(200, data)
@@ -374,8 +374,7 @@ def parse_retry_delay(headers, words):
         return limit_delay(mktime_tz(parsedate_tz(headers.get("retry-after"))) - time.time())
     lines = "".join(f'"{name}": {value}\n' for name, value in headers.items())
     if match := RETRY_FIELD.search(lines + words):
-        unit = "ms" if "ms" in match[1].lower() else "s"
-        return limit_delay(float(match[2]) * SECONDS[unit])
+        return limit_delay(float(match[2]) * SECONDS["ms" if match[1] in ("ms", "MS") else "s"])
     match = RETRY_DELAY.search(words)
     durations = DURATION.findall(match[1].lower()) if match else ()
     return limit_delay(sum(float(number) * SECONDS[unit] for number, unit in durations)) if durations else None

@@ -51,7 +51,7 @@ class Reply:
         self.error = None  # the HTTPException of a reply that failed
         self.stored = Event()  # its end is in the database
         self.text = ""
-        self.held = ""  # what cannot be told yet: blank text at the beginning, the first half of a pair of surrogates
+        self.held = ""  # what cannot be sent yet: blank text at the beginning, the first half of a pair of surrogates
         self.source = None  # the iterable that the bot returned
         self.changed = Condition()
         self.started_at = self.saved_at = time.monotonic()
@@ -75,7 +75,7 @@ class Reply:
         return added == text and len(self.held) < MAX_BLANK_CHARS
 
     def hold(self, text):
-        """Return the text that can be told now, and keep the rest for the next chunk."""
+        """Return the text that can be sent now, and keep the rest for the next chunk."""
         self.held = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
         text = sanitize(text.removesuffix(self.held))
         if self.text:

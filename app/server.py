@@ -36,8 +36,9 @@ class Logger(glogging.Logger):
                 handler.setFormatter(create_formatter("json"))
 
     def warning(self, msg, *args, **kwargs):
-        """Log a warning without what a malformed request has, as it may be a password."""
-        super().warning(re.sub(r"(?s)(Invalid request from ip=\S*): .*", r"\1", msg), *args, **kwargs)
+        """Log a warning; of a malformed request only the kind of error, as the rest may be a password."""
+        kind = type(sys.exc_info()[1]).__name__
+        super().warning(re.sub(r"(?s)(Invalid request from ip=\S*): .*", rf"\1: {kind}", msg), *args, **kwargs)
 
     def exception(self, msg, *args, **kwargs):
         """Log an exception; a client that is too slow is no error of the server's."""

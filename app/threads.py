@@ -26,7 +26,7 @@ query_locks = WeakValueDictionary()  # by user
 
 
 def run_in_threadpool(func, *args):
-    """Call a function that hashes a password, and return its result. Raises what acquire() does."""
+    """Call a function that hashes a password, and return its result. Raises ServiceUnavailable after MAX_WAIT."""
     with acquire(hashing_slots):
         return call_in_thread(func, *args)
 
@@ -34,7 +34,7 @@ def run_in_threadpool(func, *args):
 def run_long_query(func, user_id, connect=None):
     """Call a function that reads many messages, one at a time for each user, and return its result.
 
-    With `connect`, that is called before, and the function in a native thread. Raises what acquire() does.
+    With `connect`, that is called before, and the function in a native thread. Raises what run_in_threadpool() does.
     """
     with acquire(query_locks.setdefault(user_id, Lock()), query_slots):
         if connect is None:

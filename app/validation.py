@@ -61,8 +61,8 @@ def get_bool(name):
     return value
 
 
-def get_int(name):
-    """Return an id in the body; abort with 400 if it is missing or invalid."""
+def get_id(name):
+    """Return an id of the body; abort with 400 if it is missing or invalid."""
     value = get_json().get(name)
     if type(value) is not int or not 1 <= value <= MAX_ID:
         abort(400, f"{name} must be an integer from 1 to {MAX_ID}")
@@ -95,8 +95,7 @@ def check_string(name, value, max_length, min_length=1):
 def check_username(name, value):
     """Return a username in NFKC. Raises ValueError if it is invalid."""
     username = unicodedata.normalize("NFKC", check_string(name, value, MAX_USERNAME_LENGTH))
-    if len(username) > MAX_USERNAME_LENGTH:
-        raise ValueError(f"{name} must be 1 to {MAX_USERNAME_LENGTH} characters long after NFKC")
+    check_string(name, username, MAX_USERNAME_LENGTH)
     if username != username.strip() or any(is_invisible(character) for character in username if character != " "):
         raise ValueError(f"{name} must not begin or end with a space or contain invisible characters")
     return username

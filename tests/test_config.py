@@ -174,7 +174,7 @@ INVALID = {
     "LOGIN_RATE_LIMIT": ["10", "ten per minute", "-1 per minute", "10 per fortnight", "0 per minute", 10],
     "SIGNUP_RATE_LIMIT": ["unlimited", "0 per minute", "10 per minute; 50 per hour"],
     "RATE_LIMIT_STORAGE": [
-        *("redis", "redis://", "memcached://cache", "redis://cache:port", "redis://cache:999999", "memory://x", 5),
+        *("redis", "redis://", "memcached://cache", "redis://cache:port", "redis://cache:99999", "memory://x", 5),
         *("redis+unix://", "unix:///run/redis.sock", "redis+sentinel://one:26379", "redis+sentinel://one/service"),
         *("redis+cluster://one", "redis+cluster://", "redis+cluster://one:7000,two", "redis+cluster://one:port"),
     ],

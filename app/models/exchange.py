@@ -189,7 +189,7 @@ def set_stopped(id):
 
 
 def set_abandoned_failed(own_ids):
-    """End the replies of other processes that are abandoned; commit. Own ones live, if the database was away."""
+    """End the replies of other processes that are abandoned; commit. Those of this process are only late."""
     is_abandoned = (Message.status == "in_progress") & (Message.heartbeat_at < database_now(-HEARTBEAT_TIMEOUT))
     with autocommit(db.engine).connect() as connection:
         ids = set(connection.scalars(select(Message.id).where(is_abandoned))) - own_ids

@@ -38,9 +38,7 @@ class Message(db.Model):
     is_current: Mapped[bool] = mapped_column(default=True, server_default=true())  # on the branch that lists show
     error: Mapped[str | None] = mapped_column(String(255))  # of a failed reply: what clients are told
     heartbeat_at: Mapped[datetime | None]  # of a reply in progress, by the database's clock
-    idempotency_key: Mapped[str | None] = mapped_column(
-        String(255)
-    )  # of the question or reply that a request added
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))  # of what a request has added
 
     conversation: Mapped[Conversation] = relationship(back_populates="messages")
     parent: Mapped[Message | None] = relationship(remote_side=[id])

@@ -1,6 +1,7 @@
 """Users and sessions: sign-up, login, logout, status, password, account."""
 
 import re
+from pathlib import Path
 
 from flask import Blueprint, abort, current_app, g, request, session
 from flask_login import current_user, login_required, login_user, logout_user
@@ -10,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app import db, login_manager
 from app.database import SAFE_METHODS
+from app.errors import database_unavailable
 from app.models import User
 from app.responses import conditional_response, hash_version
 from app.security import authenticate, client_address, hash_password, needs_rehash, rate_limiter, verify_password
@@ -47,7 +49,9 @@ def test():
 
 @bp.get("/api/health")
 def health():
-    """Return that the database answers."""
+    """Return that the database answers, and that the file of a SQLite database still exists."""
+    if db.engine.dialect.name == "sqlite" and not Path(db.engine.url.database).exists():
+        raise database_unavailable()  # an open connection can still read a deleted file
     db.session.scalar(select(User.id).limit(1))
     return {"status": "ok"}
 

@@ -26,8 +26,8 @@ from app.threads import acquire, run_long_query
 from app.validation import (
     get_bool,
     get_choice_arg,
+    get_id,
     get_idempotency_key,
-    get_int,
     get_int_arg,
     get_json,
     get_last_event_id,
@@ -77,10 +77,10 @@ def read_conversations(**filters):
     """Return (rows of Conversation.list_for_user() with messages, ETag); no rows if the client has them."""
     with_messages = filters["messages"] != 0
     if request.if_none_match:  # else this would take a tenth of the time
-        etag = get_etag(read_rows(is_long=filters.get("folded"), **filters))
+        etag = get_etag(read_rows(is_long=filters.get("folded") is not None, **filters))
         if is_not_modified(etag):
             return [], etag
-    rows = read_rows(is_long=with_messages or filters.get("folded"), with_messages=with_messages, **filters)
+    rows = read_rows(is_long=with_messages or filters.get("folded") is not None, with_messages=with_messages, **filters)
     return rows, get_etag(rows)
 
 
@@ -172,7 +172,7 @@ def get_conversation(conversation_id):
     """Return a conversation with its messages."""
     with_versions = get_versions_arg()
     rows, etag = read_conversations(id=conversation_id, messages=get_messages_arg())
-    if etag == get_etag([]):
+    if etag == get_etag([]):  # there is no row
         abort(404, "Conversation not found")
     return conditional_response(rows and conversation_with_versions(rows[0], with_versions), etag)
 
@@ -242,7 +242,7 @@ def get_conversation_or_404(conversation_id):
 @login_required
 def show_branch(conversation_id):
     """Show the branch of a message: of several versions, this one and what followed it."""
-    message_id, with_versions = get_int("message_id"), get_versions_arg()
+    message_id, with_versions = get_id("message_id"), get_versions_arg()
     lock_conversation_or_404(conversation_id)
     message = Message.get(conversation_id, message_id) or abort(404, "Message not found")
     Message.show_branch(conversation_id, message.id)

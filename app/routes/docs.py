@@ -34,16 +34,11 @@ def set_content_security_policy(response):
     return response
 
 
-@bp.get("/")
-def index():
+@bp.get("/", defaults={"location": "api/docs/"})
+@bp.get("/api/docs", defaults={"location": "docs/"})
+def redirect_to_page(location):
     """Redirect to the documentation page."""
-    return redirect("api/docs/")
-
-
-@bp.get("/api/docs")
-def redirect_to_page():
-    """Redirect to the documentation page."""
-    return redirect("docs/")
+    return redirect(location)
 
 
 @bp.get("/api/openapi.json")
