@@ -132,26 +132,22 @@ def test_failure_before_text_is_that_of_an_error_response(model, failure, error)
 
 
 CONTEXT_OF_9 = "This model's maximum context length is 9 tokens."
+CONTEXT_EXCEEDED = [
+    *(CONTEXT_OF_9, "litellm.ContextWindowExceededError: x", "too many tokens", "the context size is exceeded"),
+    *("prompt is too long: 9 tokens > 8 maximum", "Range of input length should be [1, 8]"),
+    *("The decoder prompt (length 9) is longer than the maximum model length of 8.", "Prompt exceeds max length"),
+    *("This model's maximum prompt length is 8 but the request contains 9 tokens.", "Too large for model x"),
+    *("Your request exceeded model token limit: 8", "Requested tokens (9) exceed context window of 8"),
+    *("prompt token count of 9 exceeds the limit of 8", "Prompt length 9 is greater than max_seq_len 8"),
+    *("`inputs` must have less than 8 tokens. Given: 9", "`inputs` tokens + `max_new_tokens` must be <= 8"),
+    *("Cannot truncate prompt with n_keep (9) >= n_ctx (8)", "max_tokens must be at least 1, got -1."),
+    *("Input length 9 exceeds the maximum length 8", "the number of input tokens 9 cannot exceed 8"),
+    *("the input token count is 9 but model only supports up to 8.", "exceeds the maximum number of tokens allowed"),
+    f"{CONTEXT_OF_9} However, you requested 59 tokens (51 in the messages, 8 in the completion)",
+    "'max_tokens' is too large: 5. Context length is 9, with 8 tokens (5 > 9 - 8)",
+]
 WORDS = {
-    BotMessageTooLong: [
-        *((400, CONTEXT_OF_9), (400, "litellm.ContextWindowExceededError: x")),
-        (400, "The decoder prompt (length 9) is longer than the maximum model length of 8."),
-        *((400, "Requested tokens (9) exceed context window of 8"), (400, "too many tokens")),
-        (400, "This model's maximum prompt length is 8 but the request contains 9 tokens."),
-        *((400, "prompt is too long: 9 tokens > 8 maximum"), (400, "prompt token count of 9 exceeds the limit of 8")),
-        *((400, "Your request exceeded model token limit: 8"), (400, "Range of input length should be [1, 8]")),
-        *((400, "Prompt exceeds max length"), (400, "Prompt length 9 is greater than max_seq_len 8")),
-        (400, "Input validation error: `inputs` must have less than 8 tokens. Given: 9"),
-        (400, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8"),
-        *((400, "Cannot truncate prompt with n_keep (9) >= n_ctx (8)"), (422, "the context size is exceeded")),
-        *((400, "max_tokens must be at least 1, got -1."), (400, "Input length 9 exceeds the maximum length 8")),
-        (400, "the input token count is 9 but model only supports up to 8."),
-        (400, "the number of input tokens 9 cannot exceed 8"),
-        (400, "The input token count exceeds the maximum number of tokens allowed"),
-        (400, f"{CONTEXT_OF_9} However, you requested 59 tokens (51 in the messages, 8 in the completion)"),
-        (400, "'max_tokens' is too large: 5. Context length is 9, with 8 tokens (5 > 9 - 8)"),
-        (429, "Request too large for tiny"),
-    ],
+    BotMessageTooLong: [(429, "Request too large for tiny"), *((400, words) for words in CONTEXT_EXCEEDED)],
     BotRefused: [
         (400, "filtered due to the prompt triggering Azure OpenAI's content management policy"),
         *((400, "Content Exists Risk"), (403, "Input was flagged"), (451, "Content filtered")),
@@ -218,20 +214,6 @@ def test_delay_of_busy_model_is_read_and_bounded(model, body, headers, seconds):
     assert ask(model)[1].retry_after == seconds
 
 
-@pytest.mark.parametrize(
-    "tags",
-    [
-        *("<think> </think>", "<thinking> </thinking>", "<thought> </thought>", "[THINK] [/THINK]", "<Think> </THINK>"),
-        *("\u200b<think> </think>", "◁think▷ ◁/think▷", "<thoughts> </thoughts>"),
-    ],
-)
-def test_thinking_is_left_out_and_indentation_stays(model, tags):
-    start, end = tags.split()
-    model.script = [f"{start}Hm", f"{end}\n", "\n    code", "\n    more"]
-    text, error = ask(model)
-    assert (text.lstrip("\n"), error) == ("    code\n    more", None)
-
-
 def test_second_address_is_tried_if_the_first_is_silent(model, monkeypatch):
     with unresponsive_address("http") as url:
         ports = [int(url.removesuffix("/v1").rpartition(":")[2]), model.server_port]
@@ -243,9 +225,8 @@ def test_second_address_is_tried_if_the_first_is_silent(model, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "title"),
     [
-        (["Trains in Spain"], "Trains in Spain"),
+        *((["Trains in ", "Spain"], "Trains in Spain"), (["# Title: Trains."], "Trains")),
         (['<think>Hm</think>\n**"Trains"**\nMore'], "Trains"),
-        (["# Title: Trains."], "Trains"),
     ],
 )
 def test_title_is_one_plain_short_line(model, script, title):
