@@ -22,8 +22,7 @@ FAILURES = [
     *(event({"usage": None, "error": "x"}), event({"usage": {}, "detail": "x"})),
     *(event({"choices": [], "usage": {}, "base_resp": {"status_code": 1004}}), event({"choices": [], "code": 500})),
     *(event({"choices": [], "error_code": 5, "error_msg": "x"}), event({"choices": [], "success": False})),
-    event({"object": "chat.completion.chunk", "choices": [], "exception": "x"}),
-    *(event({"choices": [], **field}) for field in ({"message": {"x": 1}}, {"status": "failed"}, {"event": "error"})),
+    *(event({"choices": [], **field}) for field in ({"exception": "x"}, {"status": "failed"}, {"event": "error"})),
     *(event({"choices": choices}) for choices in (["x"], "error", {"error": "x"})),
     *(choice(error={"message": "x"}), choice(errors=["x"]), choice(delta={"error": "x"}), choice(message={"error": 1})),
 ]
@@ -39,9 +38,8 @@ HARMLESS = [
     *(choice(index=1, delta={"content": "No"}, finish_reason="stop"), choice(delta={"reasoning": "Hm"})),
     *(event({"usage": {}}), event({"timings": {"x": 1}}), event({"choices": None, "usage": {}})),
     event({"choices": [], "prompt_filter_results": [{"prompt_index": 0}], "id": "", "model": "", "object": ""}),
-    event({"x_groq": {"id": "x"}, "choices": [{"index": 0, "delta": {}}]}),
-    *(choice(index=0, content_filter_results={}), event({"obfuscation": "x", "choices": [{"delta": {}}]})),
-    event({"object": "chat.completion.chunk", "id": "x", "model": "m"}),
+    *(choice(index=0, content_filter_results={}), event({"object": "chat.completion.chunk", "id": "x", "model": "m"})),
+    event({"x_groq": {"id": "x"}, "obfuscation": "x", "choices": [{"index": 0, "delta": {}}]}),
     event({"choices": [{"delta": {}}], "error": None, "errors": [], "code": 0, "message": "ok"}),
     event({"choices": [], "base_resp": {"status_code": 0, "status_msg": ""}, "citations": ["x"]}),
     event({"choices": [], "usage": {}, "status_code": 0, "code": "", "message": ""}),
@@ -155,7 +153,7 @@ WORDS = {
     ],
     BotBusy: [
         (429, "Rate limit reached: Limit 200. Increase it by adding a payment method"),
-        (500, "server busy, please try again.  maximum pending requests exceeded"),
+        *((500, "server busy, please try again.  maximum pending requests exceeded"), (500, "no slot available")),
         *((500, "ThrottlingException: Too many tokens, please wait"), (200, "429: Too many tokens, please wait")),
     ],
     BotError: [

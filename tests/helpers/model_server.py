@@ -130,13 +130,14 @@ def chunk(delta, finish_reason=None):
 
 DONE = b"data: [DONE]\n\n"
 EMPTY_CHUNK = chunk({"content": ""})
+COMMENTS = drip(b"3\r\n:\n\n\r\n")
 SILENCES = {
     "before the head": [stall],
     "dripping head": [drip(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 10_000)],
     "after the head": [b": comment\n\n", stall],
     "after text": ["Hello", stall],
     "after thinking": ["<think>Hm", stall],
-    "comments": ["Hello", drip(b"3\r\n:\n\n\r\n")],
+    "comments": ["Hello", COMMENTS],
     "empty chunks": ["Hello", drip(b"%x\r\n%b\r\n" % (len(EMPTY_CHUNK), EMPTY_CHUNK), 0.001)],
     "dripping line": ["Hello", drip(b"1\r\nx\r\n")],
     "dripping chunk size": ["Hello", drip(b"0")],
@@ -161,7 +162,10 @@ class Handler(BaseHTTPRequestHandler):
             if refusal := self.server.refuse(request):
                 self.respond(*refusal)
             else:
-                self.play(self.server.script + self.server.ending)
+                for step in [*self.server.script, *self.server.ending, b""]:
+                    step(self) if callable(step) else self.write(step)
+        except ConnectionCut:
+            self.close_connection = True
         except ConnectionError:
             self.close_connection = True
             self.server.hang_ups.release()
@@ -180,18 +184,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.is_proxy:
             self.connection.close()
 
-    def play(self, steps):
-        try:
-            for step in [*steps, b""]:
-                if callable(step):
-                    step(self)
-                else:
-                    self.write(chunk({"content": step}) if isinstance(step, str) else step)
-        except ConnectionCut:
-            self.close_connection = True
-
-    def write(self, events):
-        """Write events as one HTTP chunk; no events are the end of the response."""
+    def write(self, step):
+        """Write a chunk's text or events as one HTTP chunk; no events are the end of the response."""
+        events = chunk({"content": step}) if isinstance(step, str) else step
         if not self.is_head_sent:
             self.is_head_sent = True
             self.send_response(200)

@@ -1,4 +1,4 @@
-"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy with mock models."""
+"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy before the model server of tests."""
 
 import os
 import secrets
@@ -29,12 +29,6 @@ STRICT_TEMPLATE = """{%- for message in messages -%}
 KEY = f"sk-{secrets.token_hex(32)}"
 LITELLM_CONFIG = """
 model_list:
-  - model_name: mock
-    litellm_params: {model: openai/mock, api_key: none, mock_response: Hello from the proxy.}
-  - model_name: busy
-    litellm_params: {model: openai/mock, api_key: none, mock_response: litellm.RateLimitError}
-  - model_name: small
-    litellm_params: {model: openai/mock, api_key: none, mock_response: litellm.ContextWindowExceededError}
   - model_name: relayed
     litellm_params: {model: openai/tiny, api_key: none, api_base: MODEL_URL}
 litellm_settings: {num_retries: 0}
@@ -188,26 +182,13 @@ def test_llama_server_with_wrong_key_raises(llama_url):
 
 @needs_litellm
 @pytest.mark.parametrize(
-    ("model", "text", "error"),
-    [
-        *(("mock", "Hello from the proxy.", type(None)), ("missing", "", BotError)),
-        *(("busy", "", BotBusy), ("small", "", BotMessageTooLong)),
-    ],
-)
-def test_litellm_returns_reply_or_error_of_its_mock_model(litellm_url, model, text, error):
-    collected, raised = ask(litellm_url, [("user", "Hello"), ("bot", "Hello!"), *NEW], model=model)
-    assert (collected, type(raised)) == (text, error)
-
-
-@needs_litellm
-@pytest.mark.parametrize(
     ("status", "body", "error"),
     [
         (429, {"message": "slow down", "code": "rate_limit_exceeded"}, BotBusy),
         (503, {"message": "loading", "type": "unavailable_error"}, BotBusy),
         (400, {"message": "the request exceeds the available context size"}, BotMessageTooLong),
         (400, {"message": "This model's maximum context length is 8 tokens."}, BotMessageTooLong),
-        (401, {"message": "wrong key"}, BotError),
+        *((401, {"message": "wrong key"}, BotError), (404, {"message": "no such model"}, BotError)),
     ],
 )
 def test_litellm_relays_error_of_its_model(litellm_url, relayed_model, status, body, error):
