@@ -1,4 +1,4 @@
-"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy before the model server of tests."""
+"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy before a server of tests."""
 
 import os
 import secrets
