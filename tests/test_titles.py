@@ -31,13 +31,14 @@ def fail():
 
 @pytest.fixture
 def chat(make_app):
-    """A function that returns a logged-in client of a bot with titles, and a conversation with one exchange."""
+    """A function that returns a bot with titles, its logged-in client, and a conversation with one exchange."""
 
-    def start(make_title, text="Hello, bot", **settings):
-        client = create_logged_in_client(make_app(TitleBot(make_title), **settings), "ada")
+    def start(make_title, **settings):
+        bot = TitleBot(make_title)
+        client = create_logged_in_client(make_app(bot, **settings), "ada")
         id = client.create_conversation("New chat")
-        assert client.send_message(id, text).status_code == 201
-        return client, id
+        assert client.send_message(id, "Hello, bot").status_code == 201
+        return bot, client, id
 
     return start
 
@@ -49,13 +50,12 @@ def request_title(client, id):
 
 
 @contextmanager
-def request_in_background(chat, gate, calls=None):
-    """Let a bot generate a title during the block, and note its calls; yield the client, the id and the result."""
-    calls = [] if calls is None else calls
-    client, id = chat(lambda: calls.append(1) or (gate.wait() and "Maps"))
+def request_in_background(chat, gate):
+    """Let a bot generate a title during the block; yield the bot, the client, the id and the result."""
+    bot, client, id = chat(lambda: gate.wait() and "Maps")
     with run_in_background(lambda: request_title(create_other_client(client), id)) as [title]:
-        wait_until(lambda: calls)
-        yield client, id, title
+        wait_until(lambda: bot.title_histories)
+        yield bot, client, id, title
         gate.set()
 
 
@@ -66,10 +66,8 @@ def get_name(client, id):
 @pytest.mark.parametrize(
     ("text", "title"),
     [
-        ("Hello", "Hello"),
-        ("  Hello,\n\n\tbot! ", "Hello, bot!"),
+        *(("  Hello,\n\n\tbot! ", "Hello, bot!"), ("x" * 61, "x" * 59 + "…")),
         (f"{FIRST_WORDS} of all", f"{FIRST_WORDS}…"),
-        ("x" * 61, "x" * 59 + "…"),
     ],
 )
 def test_title_without_a_bot_that_makes_titles_is_the_beginning_of_the_first_message(ada, text, title):
@@ -84,28 +82,16 @@ def test_title_without_a_bot_that_makes_titles_is_the_beginning_of_the_first_mes
 @pytest.mark.parametrize(
     ("make_title", "title"),
     [
-        (lambda: "Old maps", "Old maps"),
-        (lambda: "Old\0 maps\n", "Old maps"),
-        (lambda: "maps " * 20, "maps " * 11 + "maps…"),
-        (lambda: " \u200b", "Hello, bot"),
-        (fail, "Hello, bot"),
-        (lambda: 1 / 0, "Hello, bot"),
+        *((lambda: "Old\0 maps\n", "Old maps"), (lambda: "maps " * 20, "maps " * 11 + "maps…")),
+        *((lambda: " \u200b", "Hello, bot"), (fail, "Hello, bot"), (lambda: 1 / 0, "Hello, bot")),
     ],
 )
 def test_title_of_a_bot_is_one_short_line_or_the_first_message_if_it_has_none(chat, make_title, title):
-    client, id = chat(make_title)
+    bot, client, id = chat(make_title)
+    client.send_message(id, "Another message")
     assert request_title(client, id) == (200, title)
     assert get_name(client, id) == title
-
-
-def test_bot_that_makes_titles_gets_the_first_exchange(make_app):
-    bot = TitleBot(lambda: "Maps")
-    client = create_logged_in_client(make_app(bot), "ada")
-    id = client.create_conversation()
-    for text in ("First", "Second"):
-        client.send_message(id, text)
-    request_title(client, id)
-    assert bot.title_histories == [[("user", "First"), ("bot", "Hello")]]
+    assert bot.title_histories == [[("user", "Hello, bot"), ("bot", "Hello")]]
 
 
 def test_title_of_an_empty_conversation_returns_409(ada, conversation_id):
@@ -113,31 +99,28 @@ def test_title_of_an_empty_conversation_returns_409(ada, conversation_id):
 
 
 def test_name_that_is_changed_while_a_title_is_generated_stays(chat, gate):
-    with request_in_background(chat, gate) as (client, id, title):
+    with request_in_background(chat, gate) as (_, client, id, title):
         client.put(f"/api/conversations/{id}", json={"name": "Mine"})
     assert title.result() == (200, "Mine")
     assert get_name(client, id) == "Mine"
 
 
 def test_second_request_while_a_title_is_generated_returns_409_and_does_not_call_the_bot(chat, gate):
-    calls = []
-    with request_in_background(chat, gate, calls) as (client, id, title):
+    with request_in_background(chat, gate) as (bot, client, id, title):
         assert request_title(client, id) == (409, "A title of this conversation is being generated")
     assert title.result() == (200, "Maps")
-    assert calls == [1]
+    assert len(bot.title_histories) == 1
     assert request_title(client, id) == (200, "Maps")
 
 
 def test_title_of_a_conversation_that_is_deleted_meanwhile_returns_404(chat, gate):
-    with request_in_background(chat, gate) as (client, id, title):
+    with request_in_background(chat, gate) as (_, client, id, title):
         assert client.delete(f"/api/conversations/{id}").status_code == 204
     assert title.result() == (404, "Conversation not found")
 
 
 def test_title_that_is_refused_by_a_limit_can_be_requested_later(chat):
-    client, id = chat(lambda: "Maps", SEND_RATE_LIMIT="1 per hour")
-    for _ in range(2):
-        status, error = request_title(client, id)
-        assert status == 429
-        assert error.startswith("You may send 1 message per hour")
+    _, client, id = chat(lambda: "Maps", SEND_RATE_LIMIT="1 per hour")
+    for status, error in (request_title(client, id), request_title(client, id)):
+        assert (status, error[:31]) == (429, "You may send 1 message per hour")
     assert get_name(client, id) == "New chat"

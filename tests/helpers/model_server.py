@@ -3,10 +3,10 @@
 import json
 import select
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.helpers.server import TIMEOUT
+from tests.helpers.server import TIMEOUT, run_in_background
 
 
 class ModelServer(ThreadingHTTPServer):
@@ -60,14 +60,11 @@ class ModelServer(ThreadingHTTPServer):
 @contextmanager
 def running(server):
     """Serve while the block is executed; yield the server."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with server, run_in_background(lambda: server.serve_forever(0.01)):
         try:
             yield server
         finally:
             server.shutdown()
-            thread.join()
 
 
 class ConnectionCut(Exception):
@@ -110,9 +107,19 @@ def drip(data, interval=0.02):
     return step
 
 
+def write_raw(data):
+    """Return a step that sends some bytes as they are, in place of a head or a chunk."""
+    return lambda handler: handler.wfile.write(data)
+
+
 def event(value):
     """Return a server-sent event."""
     return f"data: {json.dumps(value)}\n\n".encode()
+
+
+def choice(**fields):
+    """Return the event for a choice with these fields alone."""
+    return event({"choices": [fields]})
 
 
 def chunk(delta, finish_reason=None):
@@ -123,13 +130,14 @@ def chunk(delta, finish_reason=None):
 
 DONE = b"data: [DONE]\n\n"
 EMPTY_CHUNK = chunk({"content": ""})
+COMMENTS = drip(b"3\r\n:\n\n\r\n")
 SILENCES = {
     "before the head": [stall],
     "dripping head": [drip(b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 10_000)],
     "after the head": [b": comment\n\n", stall],
     "after text": ["Hello", stall],
     "after thinking": ["<think>Hm", stall],
-    "comments": ["Hello", drip(b"3\r\n:\n\n\r\n")],
+    "comments": ["Hello", COMMENTS],
     "empty chunks": ["Hello", drip(b"%x\r\n%b\r\n" % (len(EMPTY_CHUNK), EMPTY_CHUNK), 0.001)],
     "dripping line": ["Hello", drip(b"1\r\nx\r\n")],
     "dripping chunk size": ["Hello", drip(b"0")],
@@ -154,7 +162,10 @@ class Handler(BaseHTTPRequestHandler):
             if refusal := self.server.refuse(request):
                 self.respond(*refusal)
             else:
-                self.play(self.server.script + self.server.ending)
+                for step in [*self.server.script, *self.server.ending, b""]:
+                    step(self) if callable(step) else self.write(step)
+        except ConnectionCut:
+            self.close_connection = True
         except ConnectionError:
             self.close_connection = True
             self.server.hang_ups.release()
@@ -173,29 +184,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.is_proxy:
             self.connection.close()
 
-    def play(self, steps):
-        try:
-            for step in [*steps, b""]:
-                if callable(step):
-                    step(self)
-                else:
-                    self.write(chunk({"content": step}) if isinstance(step, str) else step)
-        except ConnectionCut:
-            self.close_connection = True
-
-    def write(self, events):
-        """Write events as one HTTP chunk; no events are the end of the response."""
-        self.send_head()
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(events), events))
-
-    def send_head(self):
-        """Send the head of a streamed response, unless it has been sent."""
+    def write(self, step):
+        """Write a chunk's text or events as one HTTP chunk; no events are the end of the response."""
+        events = chunk({"content": step}) if isinstance(step, str) else step
         if not self.is_head_sent:
             self.is_head_sent = True
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(events), events))
 
     def respond(self, status, body=b"", headers=()):
         """Send a whole response; a body that is not bytes is sent as JSON."""
@@ -205,8 +203,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        with suppress(BrokenPipeError):
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass

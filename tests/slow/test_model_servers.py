@@ -1,4 +1,4 @@
-"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy with mock models."""
+"""The bot with real model servers: llama-server with a tiny model, and LiteLLM's proxy before a server of tests."""
 
 import os
 import secrets
@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTruncated, create_bot
+from tests.helpers.bots import collect
 from tests.helpers.model_server import ModelServer, running
 from tests.helpers.server import TIMEOUT, find_free_port, wait_until
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+NEW = [("user", "New")]
 CONTEXT_TOKENS = 512
 STRICT_TEMPLATE = """{%- for message in messages -%}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
@@ -27,12 +29,6 @@ STRICT_TEMPLATE = """{%- for message in messages -%}
 KEY = f"sk-{secrets.token_hex(32)}"
 LITELLM_CONFIG = """
 model_list:
-  - model_name: mock
-    litellm_params: {model: openai/mock, api_key: none, mock_response: Hello from the proxy.}
-  - model_name: busy
-    litellm_params: {model: openai/mock, api_key: none, mock_response: litellm.RateLimitError}
-  - model_name: small
-    litellm_params: {model: openai/mock, api_key: none, mock_response: litellm.ContextWindowExceededError}
   - model_name: relayed
     litellm_params: {model: openai/tiny, api_key: none, api_base: MODEL_URL}
 litellm_settings: {num_retries: 0}
@@ -66,28 +62,26 @@ def write_model(path):
     vocabulary = [*special, *single_bytes, *((f"▁{word}", TokenType.NORMAL) for word in WORDS)]
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT_TOKENS)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
+    for add in (writer.add_embedding_length, writer.add_feed_forward_length):
+        add(32)
+    for add in (writer.add_block_count, writer.add_head_count, writer.add_bos_token_id):
+        add(1)
+    writer.add_eos_token_id(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_scores([0.0] * len(vocabulary))
     writer.add_token_types([kind for _, kind in vocabulary])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
     writer.add_chat_template(STRICT_TEMPLATE)
 
     # Every hidden state is a vector of ones, so a row of the output matrix decides the logit of its token.
     output = np.full((len(vocabulary), 32), -1.0)
     output[-len(WORDS) :] = 1
     output[2] = 0.95
-    tensors = {"token_embd": np.ones((len(vocabulary), 32)), "output_norm": np.ones(32), "output": output}
-    for name in ("attn_norm", "ffn_norm"):
-        tensors[f"blk.0.{name}"] = np.ones(32)
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        tensors[f"blk.0.{name}"] = np.zeros((32, 32))
+    tensors = {"token_embd": np.ones((len(vocabulary), 32)), "output": output}
+    tensors |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), np.ones(32))
+    layers = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    tensors |= {f"blk.0.{name}": np.zeros((32, 32)) for name in layers}
     for name, values in tensors.items():
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
     writer.write_header_to_file()
@@ -153,19 +147,15 @@ def litellm_url(tmp_path_factory, relayed_model):
 def ask(url, history, model="tiny", key=KEY, **options):
     """Return the text of a reply, and the exception that it ended with or None."""
     config = {"BOT_MODEL": model, "OPENAI_BASE_URL": url, "OPENAI_API_KEY": key, "BOT_SYSTEM_PROMPT": ""}
-    bot = create_bot({**config, "BOT_TIMEOUT": TIMEOUT, "BOT_HISTORY_CHARS": 100_000, "BOT_OPTIONS": options})
-    text = ""
-    try:
-        for chunk in bot(history):
-            text += chunk
-    except BotError as error:
-        return text, error
-    return text, None
+    limits = {"BOT_TIMEOUT": TIMEOUT, "BOT_HISTORY_CHARS": 100_000}
+    return collect(create_bot({**config, **limits, "BOT_OPTIONS": options})(history))
 
 
 @needs_llama_server
-def test_llama_server_returns_reply(llama_url):
-    text, error = ask(llama_url, [("user", "Hello")], seed=7, temperature=1, top_p=1)
+@pytest.mark.parametrize("turns", [0, 1, 2, 200])
+def test_llama_server_with_strict_template_and_small_context_returns_reply(llama_url, turns):
+    history = [("bot", "Welcome."), *[("user", "Hello"), ("bot", "Hello!")] * turns, ("bot", "Yes?"), ("user", "New")]
+    text, error = ask(llama_url, history, seed=7, temperature=1, top_p=1)
     assert error is None
     assert text.split()
     assert set(text.split()) <= set(WORDS)
@@ -173,17 +163,8 @@ def test_llama_server_returns_reply(llama_url):
 
 @needs_llama_server
 def test_llama_server_at_token_limit_raises_truncated(llama_url):
-    text, error = ask(llama_url, [("user", "Hello")], max_tokens=5, ignore_eos=True)
-    assert len(text.split()) == 5
-    assert type(error) is BotTruncated
-
-
-@needs_llama_server
-@pytest.mark.parametrize("turns", [1, 2, 200])
-def test_llama_server_with_strict_template_and_small_context_returns_reply(llama_url, turns):
-    history = [("bot", "Welcome."), *[("user", "Hello"), ("bot", "Hello!")] * turns, ("bot", "Yes?"), ("user", "New")]
-    text, error = ask(llama_url, history, seed=7, temperature=1, top_p=1)
-    assert (bool(text), error) == (True, None)
+    text, error = ask(llama_url, NEW, max_tokens=5, ignore_eos=True)
+    assert (len(text.split()), type(error)) == (5, BotTruncated)
 
 
 @needs_llama_server
@@ -194,37 +175,25 @@ def test_llama_server_with_too_long_message_raises(llama_url):
 
 @needs_llama_server
 def test_llama_server_with_wrong_key_raises(llama_url):
-    text, error = ask(llama_url, [("user", "Hello")], key="sk-wrong")
+    text, error = ask(llama_url, NEW, key="sk-wrong")
     assert (text, type(error)) == ("", BotError)
     assert "401 authentication_error" in str(error)
-
-
-@needs_litellm
-def test_litellm_returns_reply(litellm_url):
-    assert ask(litellm_url, [("user", "Hello")], model="mock") == ("Hello from the proxy.", None)
-
-
-@needs_litellm
-@pytest.mark.parametrize(("model", "error"), [("busy", BotBusy), ("small", BotMessageTooLong), ("missing", BotError)])
-def test_litellm_error_raises(litellm_url, model, error):
-    text, raised = ask(litellm_url, [("user", "Hello"), ("bot", "Hello!"), ("user", "New")], model=model)
-    assert (text, type(raised)) == ("", error)
 
 
 @needs_litellm
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [
-        (429, {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}, BotBusy),
-        (503, {"error": {"message": "loading", "type": "unavailable_error"}}, BotBusy),
-        (400, {"error": {"message": "the request exceeds the available context size"}}, BotMessageTooLong),
-        (400, {"error": {"message": "This model's maximum context length is 8 tokens."}}, BotMessageTooLong),
-        (401, {"error": {"message": "wrong key"}}, BotError),
+        (429, {"message": "slow down", "code": "rate_limit_exceeded"}, BotBusy),
+        (503, {"message": "loading", "type": "unavailable_error"}, BotBusy),
+        (400, {"message": "the request exceeds the available context size"}, BotMessageTooLong),
+        (400, {"message": "This model's maximum context length is 8 tokens."}, BotMessageTooLong),
+        *((401, {"message": "wrong key"}, BotError), (404, {"message": "no such model"}, BotError)),
     ],
 )
 def test_litellm_relays_error_of_its_model(litellm_url, relayed_model, status, body, error):
-    relayed_model.refuse = lambda request: (status, body, {})
-    text, raised = ask(litellm_url, [("user", "New")], model="relayed")
+    relayed_model.refuse = lambda request: (status, {"error": body}, {})
+    text, raised = ask(litellm_url, NEW, model="relayed")
     assert (text, type(raised)) == ("", error)
 
 
@@ -232,4 +201,4 @@ def test_litellm_relays_error_of_its_model(litellm_url, relayed_model, status, b
 def test_litellm_relays_reply_of_its_model(litellm_url, relayed_model):
     relayed_model.refuse = lambda request: None
     relayed_model.script = ["<think>Hm</think>", "Hello", " there."]
-    assert ask(litellm_url, [("user", "New")], model="relayed") == ("Hello there.", None)
+    assert ask(litellm_url, NEW, model="relayed") == ("Hello there.", None)
