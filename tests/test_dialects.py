@@ -32,7 +32,7 @@ HARMLESS = [
     *(b"event: heartbeat\ndata: {}\n\n", b"event: keep-alive\ndata:\n\n", b"event: keep-alive\ndata: 2026\n\n"),
     *(b"data: ping\n\n", b"data: keep-alive\n\n", b"data: [PING]\n\n", b"data:\n\n"),
     *(b"event: done\ndata: {}\n\n", b"event: completion\n\n"),
-    *map(event, ({}, None, "ping", {"type": "ping"}, {"type": "keep-alive"}, {"event": "ping"})),
+    *map(event, ({}, None, {"ping": ""}, "ping", {"type": "ping"}, {"type": "keep-alive"}, {"event": "ping"})),
     *(event({"choices": choices}) for choices in ([], None, {}, [None])),
     *(choice(delta=None), choice(index=0), choice(message=None), choice(delta={}, error=None)),
     *(choice(index=1, delta={"content": "No"}, finish_reason="stop"), choice(delta={"reasoning": "Hm"})),

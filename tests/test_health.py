@@ -2,6 +2,7 @@
 
 import pytest
 
+from app.schema import upgrade_schema
 from tests.conftest import on_sqlite
 from tests.helpers.data import get_answer
 
@@ -24,6 +25,16 @@ def check_unavailable(app):
 
 def test_health_without_tables_returns_503(make_app, empty_database):
     check_unavailable(make_app(DATABASE_URL=empty_database))
+
+
+@on_sqlite
+def test_health_returns_503_when_the_file_was_deleted(make_app, tmp_path):
+    path = tmp_path / "chat.db"
+    app = make_app(DATABASE_URL=f"sqlite:///{path}")
+    upgrade_schema(app)
+    assert app.test_client().get("/api/health").status_code == 200
+    path.unlink()
+    check_unavailable(app)
 
 
 @on_sqlite

@@ -533,6 +533,22 @@ def test_app_with_unusable_proxy_raises_config_error_that_names_its_variable(mon
         create_app({"BOT_MODEL": "tiny", "OPENAI_BASE_URL": "https://localhost/v1", "DATABASE_URL": database})
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "url"),
+    [
+        ("SSLKEYLOGFILE", "/missing/secret", "https://localhost/v1"),
+        ("HTTPS_PROXY", "http://u:%E2%82%AC@proxy:1", "https://localhost/v1"),
+        ("UNUSED", "", "http://%E2%82%AC:secret@localhost/v1"),
+        ("UNUSED", "", "http://[::1]x/v1"),
+    ],
+)
+def test_app_with_unusable_url_raises_config_error_without_its_password(monkeypatch, tmp_path, variable, value, url):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL") as raised:
+        create_app({"BOT_MODEL": "m", "OPENAI_BASE_URL": url, "DATABASE_URL": f"sqlite:///{tmp_path}/chatbot.db"})
+    assert "secret" not in str(raised.value)
+
+
 def test_certificates_are_needed_for_https_only(model, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/missing.pem")
     assert ask(model) == REPLY

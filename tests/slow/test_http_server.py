@@ -128,6 +128,11 @@ def test_log_quotes_nothing_of_malformed_request(server, data):
     assert "SECRET" not in server.output
 
 
+def test_log_names_what_was_malformed(server):
+    exchange(connect(server.port), b"GET /?password=SECRET HTTP/9.9\r\n\r\n")
+    server.wait_for(r"Invalid request from ip=127\.0\.0\.1: InvalidHTTPVersion$")
+
+
 def test_connection_survives_refused_requests(server):
     with server.create_logged_in_client("connected") as client:
         address = client.connection.sock.getsockname()
