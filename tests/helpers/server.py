@@ -116,8 +116,8 @@ def receive_all(connection):
 class Server:
     """`python run.py` on a free port.
 
-    `arguments` are gunicorn's, `prefix` is a command that runs the program (such as `setpriv`), `settings` are
-    environment variables.
+    `arguments` are gunicorn's, `prefix` is a command that runs the program (such as `setpriv`) or another server
+    instead, `settings` are environment variables.
     """
 
     def __init__(self, *arguments, prefix=(), **settings):
@@ -135,7 +135,7 @@ class Server:
         self.reader = threading.Thread(target=self._read_output, daemon=True)
         self.reader.start()
         try:
-            self.port = int(self.wait_for(r"Listening at: https?://\S+:(\d+)")[1])
+            self.port = int(self.wait_for(r"(?:Listening at:|Running on) https?://\S+:(\d+)")[1])
         except BaseException:
             self.kill()
             raise
