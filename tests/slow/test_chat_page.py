@@ -221,10 +221,10 @@ def test_page_keeps_a_message_that_is_refused(chat):
 
 
 def test_reloaded_page_resumes_a_reply(chat):
-    chat.send("/slow 6")
+    chat.send("/slow 4")
     chat.wait_for(".assistant", "1 2")
     chat.page.reload()
-    chat.wait_for_texts("/slow 6", "1 2 3 4 5 6")
+    chat.wait_for_texts("/slow 4", "1 2 3 4")
     chat.wait_for("output", "ready")
 
 
