@@ -48,10 +48,8 @@ def database(database, tmp_path):
     if not database.startswith("sqlite"):
         return database
     path = tmp_path / "chat.db"
-    with (
-        closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as source,
-        closing(sqlite3.connect(path)) as copy,
-    ):
+    source = sqlite3.connect(database.removeprefix("sqlite:///"))
+    with closing(source), closing(sqlite3.connect(path)) as copy:
         source.backup(copy)
     return f"sqlite:///{path}"
 
