@@ -78,10 +78,7 @@ def find_free_port():
 
 def find_listed_port():
     """Return a port that is not in use, and whose origin CORS_ORIGINS lists by default."""
-    for port in LISTED_PORTS:
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError(f"the ports {LISTED_PORTS} are all in use")
+    return next(port for port in LISTED_PORTS if not is_listening(port))
 
 
 def connect(port):

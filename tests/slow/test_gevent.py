@@ -57,7 +57,7 @@ def run_in_app(script):
     return process.stdout.splitlines()
 
 
-# Hashing
+# Hashing and long queries
 
 
 def test_hashing_does_not_stop_the_event_loop():
@@ -96,20 +96,6 @@ print({call.get() for call in calls[os.cpu_count():]})
 lock.release()
 print({call.get() for call in calls[:os.cpu_count()]})
 """) == ["found False", "{'503 The server is busy, try again later 5'}", "{'called'}"]
-
-
-# Searches
-
-
-def test_run_long_query_in_thread_does_not_stop_the_event_loop():
-    assert run_in_app("""
-search = gevent.spawn(run_long_query, block, 1, connect=list)
-while not started:
-    gevent.sleep(0.01)
-lock.release()
-search.join()
-print(search.successful())
-""") == ["True"]
 
 
 def test_call_in_a_thread_raises_the_error_without_a_traceback():

@@ -46,18 +46,13 @@ def exchange(connection, data):
 LOGIN = "POST /api/login HTTP/1.1"
 MALFORMED_REQUESTS = {
     "no HTTP": (b"\0" * 10_000, 414),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
     "unknown version": (b"GET / HTTP/9.9\r\n\r\n", 400),
-    "lower-case method": (format_head("get / HTTP/1.1"), 400),
     "space in header name": (format_head("GET /api/test HTTP/1.1", "Bad Header: x"), 400),
     "NUL in header": (format_head("GET /api/test HTTP/1.1", "X-Bad: \0"), 400),
     "two hosts": (format_head("GET /api/test HTTP/1.1", "Host: other"), 400),
-    "folded header": (format_head("GET /api/test HTTP/1.1", "X-A: b", " c"), 400),
-    "negative length": (format_head(LOGIN, "Content-Length: -1"), 400),
     "two lengths": (format_head(LOGIN, "Content-Length: 1", "Content-Length: 2") + b"xx", 400),
     "length and chunks": (format_head(LOGIN, "Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 400),
     "unknown coding": (format_head(LOGIN, "Transfer-Encoding: unknown"), 501),
-    "unknown expectation": (format_head(LOGIN, "Expect: 200-ok"), 417),
     "long request line": (format_head(f"GET /{'x' * 9000} HTTP/1.1"), 414),
     "long header": (format_head("GET /api/test HTTP/1.1", f"Accept: {'x' * 9000}"), 431),
     "many headers": (format_head("GET /api/test HTTP/1.1", *["X-Many: x"] * 65), 431),
@@ -144,34 +139,6 @@ def test_incomplete_body_changes_nothing(server, field, data):
         assert client.get("/api/conversations").json == []
 
 
-def test_client_that_expects_100_continue_receives_it(server):
-    body = b'{"username": "expecting", "password": "correct horse battery staple"}'
-    fields = (CHUNKED[0], f"Content-Length: {len(body)}", "Expect: 100-continue")
-    with connect(server.port) as connection, connection.makefile("rb") as response:
-        connection.sendall(format_head("POST /api/signup HTTP/1.1", *fields))
-        assert response.readline().startswith(b"HTTP/1.1 100")
-        assert response.readline() == b"\r\n"
-        connection.sendall(body)
-        assert response.readline().startswith(b"HTTP/1.1 201")
-
-
-def test_head_returns_headers_of_get_without_body(server):
-    with server.client() as client:
-        response = client.request("HEAD", "/api/test")
-        assert (response.status, response.body) == (200, b"")
-        assert response.headers["Content-Length"] == str(len(client.get("/api/test").body))
-
-
-@pytest.fixture(params=["tcp", "unix"])
-def connection(request, server, folder):
-    """A connection by TCP or by the Unix socket, where gunicorn believes proxies by default."""
-    if request.param == "tcp":
-        return connect(server.port)
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(str(folder / "socket"))
-    return connection
-
-
 @pytest.mark.parametrize(
     "field",
     [
@@ -179,7 +146,10 @@ def connection(request, server, folder):
         *("X-Forwarded-Proto: https", "X-Forwarded-Ssl: on", "X-Forwarded-Protocol: ssl", "X_Request_ID: underscored"),
     ],
 )
-def test_header_of_unknown_proxy_is_ignored(connection, field):
+@pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])  # where gunicorn believes proxies by default
+def test_header_of_unknown_proxy_is_ignored(server, folder, is_unix, field):
+    connection = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
+    connection.connect(f"{folder}/socket" if is_unix else ("127.0.0.1", server.port))
     response = exchange(connection, format_head("GET /api/test HTTP/1.1", field))
     assert response.status == 200
     assert "Strict-Transport-Security" not in response.headers

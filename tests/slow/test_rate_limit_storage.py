@@ -16,7 +16,7 @@ from werkzeug.exceptions import TooManyRequests
 from app import security
 from app.security import STORAGE_RETRY_INTERVAL, rate_limiter
 from tests.conftest import on_sqlite
-from tests.helpers.server import TIMEOUT, connect, find_free_port, measure, run_concurrently, wait_until
+from tests.helpers.server import TIMEOUT, find_free_port, is_listening, measure, run_concurrently, wait_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
 
@@ -34,12 +34,7 @@ class RedisServer:
 
     def start(self):
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
-        wait_until(self.is_answering)
-
-    def is_answering(self):
-        with suppress(OSError), connect(self.port) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(1) in (b"+", b"-")
+        wait_until(lambda: is_listening(self.port))
 
     def execute(self, *command):
         with redis.Redis(port=self.port) as client:
@@ -52,7 +47,6 @@ class RedisServer:
 
 @contextmanager
 def run_redis(folder, *options):
-    folder.mkdir(exist_ok=True)
     server = RedisServer(folder, "--save", "", *options)
     try:
         yield server
@@ -73,7 +67,7 @@ def run_cluster(folder):
 @contextmanager
 def run_sentinel(folder):
     """Run a Redis server and a Sentinel that monitors it; yield the Sentinel."""
-    with run_redis(folder / "primary") as primary:
+    with run_redis(folder) as primary:
         config = folder / "sentinel.conf"
         config.write_text(f"sentinel monitor main 127.0.0.1 {primary.port} 1\n")
         sentinel = RedisServer(folder, str(config), "--sentinel")

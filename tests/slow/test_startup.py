@@ -6,24 +6,23 @@ import re
 import secrets
 import shlex
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import datetime
+from pathlib import Path
 
 import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
-from tests.conftest import CHEAP_HASH, SERVER_URL, SHARED_SESSIONS, needs_postgresql
+from tests.conftest import SERVER_URL, SHARED_SESSIONS, needs_postgresql
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
     HttpClient,
-    Server,
     connect,
     find_free_port,
     format_head,
@@ -33,6 +32,7 @@ from tests.helpers.server import (
 )
 from tests.helpers.tls import create_certificate, create_tls_context
 
+HAS_IPV6 = Path("/proc/net/if_inet6").exists()
 WITHOUT_GUNICORN = 'import runpy, sys; sys.modules["gunicorn"] = None; runpy.run_path("run.py", run_name="__main__")'
 
 
@@ -72,26 +72,10 @@ def can_send_message(server):
         return client.send_message(client.create_conversation()).status == 201
 
 
-def has_ipv6():
-    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        return True
-    return False
-
-
 @pytest.fixture
-def start(tmp_path):
-    """Return a function that starts a server, on an empty SQLite database unless the settings name another one."""
-    servers = []
-
-    def start(*arguments, **settings):
-        url = f"sqlite:///{tmp_path / 'chat.db'}"
-        defaults = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH, "WEB_CONCURRENCY": 1}
-        servers.append(Server(*arguments, **defaults | settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.kill()
+def database(tmp_path):
+    """The URL of a SQLite database without tables."""
+    return f"sqlite:///{tmp_path / 'chat.db'}"
 
 
 @pytest.fixture
@@ -110,16 +94,16 @@ def run_git(folder, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
 
 
-def test_run_from_another_folder_on_an_empty_database_migrates_and_serves(start, empty_database):
+def test_run_from_another_folder_on_an_empty_database_migrates_and_serves(serve, empty_database):
     prefix = ("env", "-C", "/", *run_instead(shlex.quote(str(ROOT / "run.py"))))
-    server = start(prefix=prefix, DATABASE_URL=empty_database)
+    server = serve(prefix=prefix, DATABASE_URL=empty_database)
     assert server.wait_for(rf"Listening at: http://127\.0\.0\.1:{server.port}\b")
     assert can_send_message(server)
 
 
-def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
+def test_run_in_a_clone_with_default_settings_leaves_it_clean(serve, clone):
     unset = dict.fromkeys(SETTINGS.keys() - {"PORT"}, "")
-    server = start(prefix=("env", "-C", clone), **unset)
+    server = serve(prefix=("env", "-C", clone), **unset)
     assert can_send_message(server)
     assert run_git(clone, "status", "--porcelain") == ""
     modes = {path.name: path.stat().st_mode & 0o777 for path in [clone / "instance", *clone.glob("instance/*")]}
@@ -130,16 +114,16 @@ def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"))],
+    ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1"))],
 )
-def test_host_and_port_choose_the_address(start, host):
+def test_host_and_port_choose_the_address(serve, host):
     port = find_free_port()
-    start(HOST=host, PORT=port)
+    serve(HOST=host, PORT=port)
     assert (is_listening(port, host), is_listening(port)) == (True, False)
 
 
-def test_run_passes_arguments_to_gunicorn(start):
-    server = start("--workers", "1", "--access-logfile", "-", WEB_CONCURRENCY=3)
+def test_run_passes_arguments_to_gunicorn(serve):
+    server = serve("--workers", "1", "--access-logfile", "-", WEB_CONCURRENCY=3)
     with server.client() as client:
         assert client.get("/api/test").status == 200
     assert server.wait_for("GET /api/test HTTP/1.1")
@@ -166,8 +150,8 @@ def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, ar
     assert not path.exists()
 
 
-def test_every_line_of_the_server_is_an_object_with_log_format_json(start):
-    server = start("--access-logfile", "-", LOG_FORMAT="json")
+def test_every_line_of_the_server_is_an_object_with_log_format_json(serve):
+    server = serve("--access-logfile", "-", LOG_FORMAT="json")
     for request in (b"INVALID\r\n\r\n", format_head("GET /api/test HTTP/1.1", "Connection: close")):
         with connect(server.port) as connection:
             connection.sendall(request)
@@ -181,8 +165,8 @@ def test_every_line_of_the_server_is_an_object_with_log_format_json(start):
     assert ["Invalid request" in line["message"] for line in lines if line["level"] == "WARNING"] == [True]
 
 
-def test_session_works_on_every_worker_and_on_its_replacement(start):
-    server = start(WEB_CONCURRENCY=3)
+def test_session_works_on_every_worker_and_on_its_replacement(serve):
+    server = serve(WEB_CONCURRENCY=3)
     workers = server.all_workers(3)
     with server.create_logged_in_client("ada") as ada:
         check_session_on_each_worker(workers, server, ada)
@@ -196,26 +180,15 @@ def check_session_on_each_worker(workers, server, client):
     for worker in workers:
         for other in {*workers} - {worker}:
             os.kill(other, signal.SIGSTOP)
-        assert get_session(server, client) == (True, "Online")
+        with server.other_client(client) as other_client:
+            assert other_client.is_logged_in()
+            assert other_client.get("/api/users/status").json["users"][0]["status"] == "Online"
         for other in {*workers} - {worker}:
             os.kill(other, signal.SIGCONT)
 
 
-def get_session(server, client):
-    """Return whether the session of a client is valid at a server, and the status of the only user."""
-    with server.other_client(client) as other_client:
-        return other_client.is_logged_in(), other_client.get("/api/users/status").json["users"][0]["status"]
-
-
-def test_sigterm_ends_the_program_with_status_0_and_a_restart_ends_sessions(start):
-    server = start()
-    with server.create_logged_in_client("ada") as ada:
-        assert server.terminate() == 0
-    assert get_session(start(), ada) == (False, "Offline")
-
-
-def test_run_with_certificate_sends_secure_cookies(start, tmp_path):
-    server = start("--certfile", str(create_certificate(tmp_path)))
+def test_run_with_certificate_sends_secure_cookies(serve, tmp_path):
+    server = serve("--certfile", str(create_certificate(tmp_path)))
     with HttpClient(server.port, context=create_tls_context()) as client:
         client.signup("ada")
         cookie = client.login("ada").headers["Set-Cookie"]
@@ -224,16 +197,17 @@ def test_run_with_certificate_sends_secure_cookies(start, tmp_path):
     assert "Domain" not in cookie
 
 
-def test_run_without_gunicorn_uses_the_server_of_flask(start):
-    server = start(prefix=run_instead(f"-c {shlex.quote(WITHOUT_GUNICORN)}"))
+def test_run_without_gunicorn_uses_the_server_of_flask(serve):
+    server = serve(prefix=run_instead(f"-c {shlex.quote(WITHOUT_GUNICORN)}"))
     assert server.wait_for("gunicorn is not installed")
     assert can_send_message(server)
 
 
 @pytest.mark.parametrize("command", ["flask run --port 0", "gunicorn --bind 127.0.0.1:0 run:app"])
-def test_other_server_serves_a_database_that_flask_db_upgrade_created(start, empty_database, command):
+def test_other_server_serves_a_database_that_flask_db_upgrade_created(serve, empty_database, command):
     migrate(empty_database)
-    assert can_send_message(start(prefix=run_instead(f"-m {command}"), DATABASE_URL=empty_database, **SHARED_SESSIONS))
+    settings = {"DATABASE_URL": empty_database, "WEB_CONCURRENCY": 1, **SHARED_SESSIONS}
+    assert can_send_message(serve(prefix=run_instead(f"-m {command}"), **settings))
 
 
 @pytest.mark.parametrize("command", ["-c 'import app; app.create_app()'", "-m flask --app run users list"])
@@ -339,10 +313,10 @@ def test_run_serves_as_soon_as_the_database_is_available(missing_database):
             process.terminate()
 
 
-def test_run_on_a_newer_schema_warns_and_serves(start, tmp_path):
-    start().terminate()
+def test_run_on_a_newer_schema_warns_and_serves(serve, tmp_path):
+    serve().terminate()
     with closing(sqlite3.connect(tmp_path / "chat.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
-    server = start()
+    server = serve()
     assert server.wait_for("schema is newer than this program")
     assert can_send_message(server)
