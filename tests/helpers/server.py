@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partialmethod
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 
@@ -18,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 60  # seconds that anything may take on a busy machine
 LISTED_PORTS = (5173, 5174, 3000, 3001, 4200, 8080)  # of development servers, in the default of CORS_ORIGINS
 PASSWORD = "correct horse battery staple"
-COOKIE_NAME = "chatbot_session"
 CLIENT_KEEPALIVE = 3  # seconds; the server closes a connection that is idle for 5
 
 
@@ -78,10 +78,7 @@ def find_free_port():
 
 def find_listed_port():
     """Return a port that is not in use, and whose origin CORS_ORIGINS lists by default."""
-    for port in LISTED_PORTS:
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError(f"the ports {LISTED_PORTS} are all in use")
+    return next(port for port in LISTED_PORTS if not is_listening(port))
 
 
 def connect(port):
@@ -116,8 +113,8 @@ def receive_all(connection):
 class Server:
     """`python run.py` on a free port.
 
-    `arguments` are gunicorn's, `prefix` is a command that runs the program (such as `setpriv`), `settings` are
-    environment variables.
+    `arguments` are gunicorn's, `prefix` is a command that runs the program (such as `setpriv`) or another server
+    instead, `settings` are environment variables.
     """
 
     def __init__(self, *arguments, prefix=(), **settings):
@@ -135,7 +132,7 @@ class Server:
         self.reader = threading.Thread(target=self._read_output, daemon=True)
         self.reader.start()
         try:
-            self.port = int(self.wait_for(r"Listening at: https?://\S+:(\d+)")[1])
+            self.port = int(self.wait_for(r"(?:Listening at:|Running on) https?://\S+:(\d+)")[1])
         except BaseException:
             self.kill()
             raise
@@ -150,17 +147,15 @@ class Server:
         return "".join(self.lines)
 
     def wait_for(self, pattern):
-        """Return the first match of a regular expression in a line of the output, as soon as there is one."""
+        """Return the first match of a regular expression in the output, as soon as there is one."""
         deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline:
-            ended = not self.reader.is_alive()
-            for line in list(self.lines):
-                if match := re.search(pattern, line):
-                    return match
-            if ended:
-                break
+        is_alive = True
+        while is_alive and time.monotonic() < deadline:
+            is_alive = self.reader.is_alive()
+            if match := re.search(pattern, self.output):
+                return match
             time.sleep(0.02)
-        raise AssertionError(f"no line matches {pattern!r} in:\n{self.output}")
+        raise AssertionError(f"{pattern!r} does not match:\n{self.output}")
 
     def client(self):
         """Return a client without a session."""
@@ -259,9 +254,8 @@ class HttpClient:
             self.close()
         self.connection.request(method, path, body, headers)
         response = self.connection.getresponse()
-        for cookie in response.headers.get_all("Set-Cookie", []):
-            if COOKIE_NAME in cookie.partition("=")[0]:
-                self.cookie = cookie.partition(";")[0]
+        if cookie := response.headers["Set-Cookie"]:
+            self.cookie = cookie.partition(";")[0]
         return response
 
     def request(self, method, path, body=None, **headers):
@@ -274,17 +268,10 @@ class HttpClient:
         self.last_used_at = time.monotonic()
         return response
 
-    def get(self, path, **headers):
-        return self.request("GET", path, **headers)
-
-    def post(self, path, body=None, **headers):
-        return self.request("POST", path, body, **headers)
-
-    def put(self, path, body=None, **headers):
-        return self.request("PUT", path, body, **headers)
-
-    def delete(self, path, body=None, **headers):
-        return self.request("DELETE", path, body, **headers)
+    get = partialmethod(request, "GET")
+    post = partialmethod(request, "POST")
+    put = partialmethod(request, "PUT")
+    delete = partialmethod(request, "DELETE")
 
     def stream(self, method, path, body=None, **headers):
         """Send a request and yield its server-sent events, as they arrive, as (event, data, id).
@@ -315,10 +302,8 @@ class HttpClient:
         return self.post(f"/api/conversations/{conversation_id}/messages", {"text": text}, **headers)
 
     def list_messages(self, conversation_id):
-        """Return the messages of one of the user's conversations."""
-        conversations = self.get("/api/conversations").json
-        [conversation] = [conversation for conversation in conversations if conversation["id"] == conversation_id]
-        return conversation["messages"]
+        """Return all messages of a conversation."""
+        return self.get(f"/api/conversations/{conversation_id}").json["messages"]
 
 
 def parse_events(lines):

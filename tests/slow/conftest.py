@@ -32,10 +32,10 @@ def pytest_collection_modifyitems(items):
 
 
 @contextmanager
-def run_server(url, prefix=(), **settings):
+def run_server(url, prefix=(), arguments=(), **settings):
     """Serve the program on a database while the block is executed; each server accepts the sessions of the others."""
     settings = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH, **SHARED_SESSIONS, **settings}
-    server = Server(prefix=prefix, **settings)
+    server = Server(*arguments, prefix=prefix, **settings)
     try:
         yield server
     finally:
@@ -48,10 +48,8 @@ def database(database, tmp_path):
     if not database.startswith("sqlite"):
         return database
     path = tmp_path / "chat.db"
-    with (
-        closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as source,
-        closing(sqlite3.connect(path)) as copy,
-    ):
+    source = sqlite3.connect(database.removeprefix("sqlite:///"))
+    with closing(source), closing(sqlite3.connect(path)) as copy:
         source.backup(copy)
     return f"sqlite:///{path}"
 
@@ -71,10 +69,8 @@ def browser():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The program, served on a SQLite database for all tests of a module."""
-    database = tmp_path_factory.mktemp("server") / "chat.db"
-    server = Server(DATABASE_URL=f"sqlite:///{database}", PASSWORD_HASH_METHOD=CHEAP_HASH)
-    yield server
-    server.kill()
+    with run_server(f"sqlite:///{tmp_path_factory.mktemp('server') / 'chat.db'}") as server:
+        yield server
 
 
 @pytest.fixture

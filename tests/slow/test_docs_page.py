@@ -1,10 +1,5 @@
 """The documentation page in Chromium."""
 
-import json
-import threading
-from contextlib import closing, contextmanager
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
@@ -63,41 +58,3 @@ def test_docs_page_requests_no_other_host(server, open_docs):
     assert {urlsplit(url).netloc for url in docs.requests if not url.startswith("data:")} == {
         f"chat.example.com:{server.port}"
     }
-
-
-@contextmanager
-def serve_below_prefix(port, prefix):
-    """Forward GET requests below a path prefix to a port, without the prefix; yield the URL."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self):
-            assert self.path.startswith(prefix)
-            with closing(HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
-                connection.request("GET", self.path.removeprefix(prefix), headers={"Host": self.headers["Host"]})
-                response = connection.getresponse()
-                body = response.read()
-            self.send_response_only(response.status)
-            for name in ("Content-Type", "Content-Security-Policy", "Location"):
-                if value := response.headers[name]:
-                    self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            """Log nothing."""
-
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{proxy.server_port}{prefix}"
-    proxy.shutdown()
-    proxy.server_close()
-
-
-@pytest.mark.parametrize("path", ["/", "/api/docs", "/api/docs/"])
-def test_docs_page_works_below_a_path_prefix(server, open_docs, path):
-    with serve_below_prefix(server.port, "/apps/chat") as url:
-        docs = open_docs(url + path)
-        status, body = docs.execute("server", "test")
-        assert status == 200
-        assert json.loads(body) == {"message": "Server is running"}
-        assert all(request.startswith((url, "data:")) for request in docs.requests)

@@ -8,8 +8,6 @@ import pytest
 
 from tests.helpers.npm import install, needs_npm, run, run_npm
 
-GENERATORS = ("openapi-typescript", "hey-api", "orval")
-
 # Uses the API by openapi-python-client, as the programs in tests/typescript do by the others.
 PYTHON_PROGRAM = """
 import os
@@ -57,12 +55,6 @@ def description(server):
         return client.get("/api/openapi.json").body.decode()
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of tests/typescript with the generators installed."""
-    return install(".", tmp_path_factory.mktemp("clients"))
-
-
 def generate(folder, description, script="generate"):
     """Generate clients of an API description by a script of package.json."""
     (folder / "openapi.json").write_text(description)
@@ -70,12 +62,13 @@ def generate(folder, description, script="generate"):
 
 
 @pytest.fixture(scope="module")
-def clients(project, description):
-    """The folder of the clients, generated, type-checked and built."""
-    generate(project, description)
-    run_npm(project, "run", "--silent", "check")
-    run_npm(project, "run", "--silent", "build")
-    return project
+def clients(description, tmp_path_factory):
+    """A copy of tests/typescript with the clients, generated, type-checked and built."""
+    folder = install(".", tmp_path_factory.mktemp("clients"))
+    generate(folder, description)
+    run_npm(folder, "run", "--silent", "check")
+    run_npm(folder, "run", "--silent", "build")
+    return folder
 
 
 @pytest.mark.skipif(not find_spec("openapi_python_client"), reason="openapi-python-client is not installed")
@@ -92,7 +85,7 @@ def test_generated_python_client_uses_the_api(server, description, tmp_path):
 
 
 @needs_npm
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", ["openapi-typescript", "hey-api", "orval"])
 def test_generated_client_compiles_and_uses_the_api(clients, server, generator):
     process = run(clients, "node", f"build/{generator}.js", API=f"http://127.0.0.1:{server.port}")
     assert process.returncode == 0, process.stderr

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.helpers.server import TIMEOUT, Server
+from tests.helpers.server import TIMEOUT
+from tests.slow.conftest import run_server
 
 pytestmark = pytest.mark.skipif(not find_spec("schemathesis"), reason="schemathesis is not installed")
 
@@ -83,31 +84,26 @@ def before_call(context, case, kwargs):
 OPTIONS = ("--max-examples=15", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
 
 
-@pytest.fixture
-def server(tmp_path):
-    limit = "1000000 per second"
-    settings = {"PASSWORD_HASH_METHOD": "pbkdf2:sha256:1", "LOGIN_RATE_LIMIT": limit, "SIGNUP_RATE_LIMIT": limit}
-    server = Server(DATABASE_URL=f"sqlite:///{tmp_path / 'chat.db'}", **settings)
-    yield server
-    server.kill()
-
-
-def test_served_program_matches_its_description(server, tmp_path):
-    api, password = f"http://127.0.0.1:{server.port}", "a password that cannot be guessed"
-    with server.client() as client:
-        client.signup("schemathesis", password)
+def test_served_program_matches_its_description(tmp_path):
     (tmp_path / "hooks.py").write_text(HOOKS)
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
-    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
-    environ = {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "API": api, "PASSWORD": password}
-    process = subprocess.run(
-        [*command, f"{api}/api/openapi.json", *OPTIONS],
-        cwd=tmp_path,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=20 * TIMEOUT,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "Traceback" not in server.output
-    assert not re.search(r"INFO [A-Z]+ \S+ 5\d\d ", server.output)
+    password, limit = "a password that cannot be guessed", "1000000 per second"
+    with (
+        run_server(f"sqlite:///{tmp_path}/chat.db", LOGIN_RATE_LIMIT=limit, SIGNUP_RATE_LIMIT=limit) as server,
+        server.client() as client,
+    ):
+        client.signup("schemathesis", password)
+        api = f"http://127.0.0.1:{server.port}"
+        command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
+        environ = {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": f"{tmp_path}", "API": api, "PASSWORD": password}
+        process = subprocess.run(
+            [*command, f"{api}/api/openapi.json", *OPTIONS],
+            cwd=tmp_path,
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=20 * TIMEOUT,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert "Traceback" not in server.output
+        assert not re.search(r"INFO [A-Z]+ \S+ 5\d\d ", server.output)

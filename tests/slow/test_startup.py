@@ -5,49 +5,35 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import datetime
-from http.client import HTTPConnection
+from pathlib import Path
 
 import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
 from config import SETTINGS
-from tests.conftest import CHEAP_HASH, SHARED_SESSIONS
+from tests.conftest import SERVER_URL, SHARED_SESSIONS, needs_postgresql
 from tests.helpers.server import (
     ROOT,
     TIMEOUT,
     HttpClient,
-    Server,
     connect,
     find_free_port,
+    format_head,
+    is_listening,
     receive_all,
     wait_until,
 )
 from tests.helpers.tls import create_certificate, create_tls_context
 
-POSTGRESQL_URL = os.environ.get("TEST_DATABASE_URL")
-SECRET_KEY = "0123456789abcdef0123456789abcdef"
-WITHOUT_GUNICORN = """
-import importlib.util, runpy, sys
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *args: None if name == "gunicorn" else find_spec(name, *args)
-runpy.run_path("run.py", run_name="__main__")
-"""
-
-
-class FlaskServer(Server):
-    """Flask's own server."""
-
-    def wait_for(self, pattern):
-        return super().wait_for(pattern.replace("Listening at:", "Running on"))
+HAS_IPV6 = Path("/proc/net/if_inet6").exists()
+WITHOUT_GUNICORN = 'import runpy, sys; sys.modules["gunicorn"] = None; runpy.run_path("run.py", run_name="__main__")'
 
 
 def run_python(*arguments, cwd=ROOT, **settings):
@@ -60,29 +46,24 @@ def run_python(*arguments, cwd=ROOT, **settings):
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
+        umask=0o022,
     )
 
 
+def migrate(url):
+    process = run_python("-m", "flask", "db", "upgrade", DATABASE_URL=url)
+    assert process.returncode == 0, process.stderr
+
+
 def read_lines(process):
-    """Return the lines that a completed process has printed, without those of gunicorn's log."""
+    """Return the lines that a failed process has printed, without those of gunicorn's log."""
+    assert process.returncode != 0
     return [line for line in (process.stdout + process.stderr).splitlines() if not line.startswith("[")]
 
 
-def run_instead(*arguments):
+def run_instead(command):
     """Return the prefix with which Server runs Python with these arguments in place of run.py."""
-    return ("sh", "-c", f'exec "$0" {shlex.join(arguments)}')
-
-
-def is_served(port, host="127.0.0.1"):
-    """Return whether the program answers at an address; False if nothing listens there."""
-    connection = HTTPConnection(host, port, timeout=TIMEOUT)
-    try:
-        connection.request("GET", "/api/test")
-        return connection.getresponse().read() == b'{"message":"Server is running"}'
-    except ConnectionRefusedError:
-        return False
-    finally:
-        connection.close()
+    return ("sh", "-c", f'exec "$0" {command}')
 
 
 def can_send_message(server):
@@ -91,41 +72,20 @@ def can_send_message(server):
         return client.send_message(client.create_conversation()).status == 201
 
 
-def has_ipv6():
-    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        return True
-    return False
-
-
 @pytest.fixture
-def start(tmp_path):
-    """Return a function that starts a server, on an empty SQLite database unless the settings name another one."""
-    servers = []
-
-    def start(*arguments, server_class=Server, **settings):
-        url = f"sqlite:///{tmp_path / 'chat.db'}"
-        defaults = {"DATABASE_URL": url, "PASSWORD_HASH_METHOD": CHEAP_HASH, "WEB_CONCURRENCY": 1}
-        servers.append(server_class(*arguments, **defaults | settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.kill()
+def database(tmp_path):
+    """The URL of a SQLite database without tables."""
+    return f"sqlite:///{tmp_path / 'chat.db'}"
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """Return a folder with a git repository of the project's files."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("this is not a git repository")
+    """Return a folder with a git repository of the project's files, also of those that are not committed yet."""
     folder = tmp_path / "clone"
-    for path in run_git(ROOT, "ls-files", "-z", "-co", "--exclude-standard").split("\0"):
-        if (ROOT / path).is_file():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / path, folder / path)
-    run_git(folder, "init", "-q")
-    run_git(folder, "add", "-A")
+    run_git(tmp_path, "init", "-q", folder)
+    run_git(ROOT, "--git-dir", folder / ".git", "--work-tree", ROOT, "add", "-A")
     run_git(folder, "-c", "user.name=Ada", "-c", "user.email=ada@example.com", "commit", "-qm", "Clone")
+    run_git(folder, "reset", "-q", "--hard")
     return folder
 
 
@@ -134,19 +94,16 @@ def run_git(folder, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT).stdout
 
 
-def test_run_on_an_empty_database_migrates_and_serves(start, empty_database):
-    server = start(DATABASE_URL=empty_database)
+def test_run_from_another_folder_on_an_empty_database_migrates_and_serves(serve, empty_database):
+    prefix = ("env", "-C", "/", *run_instead(shlex.quote(str(ROOT / "run.py"))))
+    server = serve(prefix=prefix, DATABASE_URL=empty_database)
     assert server.wait_for(rf"Listening at: http://127\.0\.0\.1:{server.port}\b")
     assert can_send_message(server)
 
 
-def test_run_from_another_folder_serves(start):
-    assert can_send_message(start(prefix=("sh", "-c", f'cd / && exec "$0" {shlex.quote(str(ROOT / "run.py"))}')))
-
-
-def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
+def test_run_in_a_clone_with_default_settings_leaves_it_clean(serve, clone):
     unset = dict.fromkeys(SETTINGS.keys() - {"PORT"}, "")
-    server = start(prefix=("env", "-C", clone), **unset)
+    server = serve(prefix=("env", "-C", clone), **unset)
     assert can_send_message(server)
     assert run_git(clone, "status", "--porcelain") == ""
     modes = {path.name: path.stat().st_mode & 0o777 for path in [clone / "instance", *clone.glob("instance/*")]}
@@ -157,18 +114,18 @@ def test_run_in_a_clone_with_default_settings_leaves_it_clean(start, clone):
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"))],
+    ["127.0.0.2", pytest.param("::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1"))],
 )
-def test_host_and_port_choose_the_address(start, host):
+def test_host_and_port_choose_the_address(serve, host):
     port = find_free_port()
-    start(HOST=host, PORT=port)
-    assert is_served(port, host)
-    assert not is_served(port)
+    serve(HOST=host, PORT=port)
+    assert (is_listening(port, host), is_listening(port)) == (True, False)
 
 
-def test_run_passes_arguments_to_gunicorn(start):
-    server = start("--workers", "1", "--access-logfile", "-", WEB_CONCURRENCY=3)
-    assert is_served(server.port)
+def test_run_passes_arguments_to_gunicorn(serve):
+    server = serve("--workers", "1", "--access-logfile", "-", WEB_CONCURRENCY=3)
+    with server.client() as client:
+        assert client.get("/api/test").status == 200
     assert server.wait_for("GET /api/test HTTP/1.1")
     assert len(server.workers()) == 1
 
@@ -177,16 +134,12 @@ def test_run_passes_arguments_to_gunicorn(start):
     ("argument", "status", "output"),
     [
         ("--help", 0, r"(?s)usage: .*--bind"),
-        ("--version", 0, r"\(version [\d.]+\)"),
         ("--unknown", 2, "unrecognized arguments: --unknown"),
-        ("--workers=many", 2, "argument -w/--workers"),
         ("--limit-request-fields=-1", 1, "Value must be positive: -1"),
-        ("--worker-class=none", 1, "class uri 'none' invalid or not found"),
         ("--bind=localhost:http", 1, "'http' is not a valid port number"),
         ("--certfile=/nowhere", 1, r"Error: --certfile /nowhere with --keyfile None cannot be used: .*No such file"),
         ("--certfile=/dev/null", 1, r"Error: --certfile /dev/null .+"),
         ("other:app", 2, "unrecognized arguments: other:app"),
-        ("--print-config", 0, "control_socket_disable += True"),
     ],
 )
 def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, argument, status, output):
@@ -197,13 +150,12 @@ def test_run_does_not_migrate_before_gunicorn_accepts_the_arguments(tmp_path, ar
     assert not path.exists()
 
 
-def test_every_line_of_the_server_is_an_object_with_log_format_json(start, clone):
-    (clone / ".env").write_text("LOG_FORMAT=json\n")
-    server = start("--access-logfile", "-", prefix=("env", "-u", "LOG_FORMAT", "-C", clone))
-    with connect(server.port) as connection:
-        connection.sendall(b"INVALID\r\n\r\n")
-        receive_all(connection)
-    assert is_served(server.port)
+def test_every_line_of_the_server_is_an_object_with_log_format_json(serve):
+    server = serve("--access-logfile", "-", LOG_FORMAT="json")
+    for request in (b"INVALID\r\n\r\n", format_head("GET /api/test HTTP/1.1", "Connection: close")):
+        with connect(server.port) as connection:
+            connection.sendall(request)
+            receive_all(connection)
     assert server.terminate() == 0
     server.reader.join(TIMEOUT)
     lines = [json.loads(line) for line in server.lines]
@@ -213,8 +165,8 @@ def test_every_line_of_the_server_is_an_object_with_log_format_json(start, clone
     assert ["Invalid request" in line["message"] for line in lines if line["level"] == "WARNING"] == [True]
 
 
-def test_session_works_on_every_worker_and_on_its_replacement(start):
-    server = start(WEB_CONCURRENCY=3)
+def test_session_works_on_every_worker_and_on_its_replacement(serve):
+    server = serve(WEB_CONCURRENCY=3)
     workers = server.all_workers(3)
     with server.create_logged_in_client("ada") as ada:
         check_session_on_each_worker(workers, server, ada)
@@ -226,88 +178,63 @@ def test_session_works_on_every_worker_and_on_its_replacement(start):
 def check_session_on_each_worker(workers, server, client):
     """Assert that a session works on each worker, while the others are stopped."""
     for worker in workers:
-        others = {*workers} - {worker}
-        for other in others:
+        for other in {*workers} - {worker}:
             os.kill(other, signal.SIGSTOP)
         with server.other_client(client) as other_client:
             assert other_client.is_logged_in()
-            [status] = other_client.get("/api/users/status").json["users"]
-            assert status["status"] == "Online"
-        for other in others:
+            assert other_client.get("/api/users/status").json["users"][0]["status"] == "Online"
+        for other in {*workers} - {worker}:
             os.kill(other, signal.SIGCONT)
 
 
-def test_sigterm_ends_the_program_with_status_0_and_a_restart_ends_sessions(start):
-    server = start()
-    with server.create_logged_in_client("ada") as ada:
-        pass
-    assert server.terminate() == 0
-    with start().other_client(ada) as client:
-        assert not client.is_logged_in()
-        [status] = client.get("/api/users/status").json["users"]
-        assert status["status"] == "Offline"
-
-
-def test_run_with_certificate_sends_secure_cookies(start, tmp_path):
-    server = start("--certfile", str(create_certificate(tmp_path)))
+def test_run_with_certificate_sends_secure_cookies(serve, tmp_path):
+    server = serve("--certfile", str(create_certificate(tmp_path)))
     with HttpClient(server.port, context=create_tls_context()) as client:
         client.signup("ada")
         cookie = client.login("ada").headers["Set-Cookie"]
     assert cookie.startswith("__Host-chatbot_session=")
-    assert "; Secure" in cookie
-    assert "; Path=/" in cookie
+    assert {"Secure", "Path=/"} <= {*cookie.split("; ")}
     assert "Domain" not in cookie
 
 
-def test_run_without_gunicorn_uses_the_server_of_flask(start):
-    server = start(server_class=FlaskServer, prefix=run_instead("-c", WITHOUT_GUNICORN))
+def test_run_without_gunicorn_uses_the_server_of_flask(serve):
+    server = serve(prefix=run_instead(f"-c {shlex.quote(WITHOUT_GUNICORN)}"))
     assert server.wait_for("gunicorn is not installed")
     assert can_send_message(server)
 
 
-def test_flask_run_serves_a_database_that_flask_db_upgrade_created(start, empty_database):
-    assert run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database).returncode == 0
-    prefix = run_instead("-m", "flask", "run", "--port", "0")
-    server = start(server_class=FlaskServer, prefix=prefix, DATABASE_URL=empty_database)
-    assert can_send_message(server)
+@pytest.mark.parametrize("command", ["flask run --port 0", "gunicorn --bind 127.0.0.1:0 run:app"])
+def test_other_server_serves_a_database_that_flask_db_upgrade_created(serve, empty_database, command):
+    migrate(empty_database)
+    settings = {"DATABASE_URL": empty_database, "WEB_CONCURRENCY": 1, **SHARED_SESSIONS}
+    assert can_send_message(serve(prefix=run_instead(f"-m {command}"), **settings))
 
 
-def test_flask_db_upgrade_creates_a_file_for_its_user_alone(tmp_path):
+@pytest.mark.parametrize("command", ["-c 'import app; app.create_app()'", "-m flask --app run users list"])
+def test_script_or_flask_command_without_secret_key_runs_on_a_file_for_its_user_alone(tmp_path, command):
     path = tmp_path / "chat.db"
-    environ = {**os.environ, "DATABASE_URL": f"sqlite:///{path}"}
-    command = [sys.executable, "-m", "flask", "db", "upgrade"]
-    subprocess.run(command, cwd=ROOT, env=environ, umask=0o022, check=True, timeout=TIMEOUT)
+    migrate(f"sqlite:///{path}")
     assert path.stat().st_mode & 0o777 == 0o600
+    assert run_python(*shlex.split(command), DATABASE_URL=f"sqlite:///{path}").returncode == 0
 
 
-def assert_stopped_with(error, process):
-    """Assert that a completed process has printed nothing but an error, which matches a regular expression."""
+@pytest.mark.parametrize("command", ["run.py", "-m flask run", "-m flask db upgrade"])
+@pytest.mark.parametrize(
+    ("origins", "path", "content", "error"),
+    [
+        ("http://a\n*", ".env", b"", "CORS_ORIGINS must .+"),
+        ("", ".env", "PORT=1".encode("utf-16"), r"/\S+/clone/\.env .*must be .+"),
+        ("", "instance", b"", ".*DATABASE_URL.*"),
+    ],
+    ids=["invalid setting", "invalid file", "no folder"],
+)
+def test_unusable_setting_or_file_stops_the_program_with_its_name(clone, origins, path, content, error, command):
+    (clone / path).write_bytes(content)
+    process = run_python(*command.split(), cwd=clone, CORS_ORIGINS=origins, FLASK_SKIP_DOTENV="1")
     assert process.returncode != 0
     assert re.match(f"Error: {error}\n", process.stderr)
     assert "Traceback" not in process.stderr
     assert process.stdout == ""
-
-
-each_command = pytest.mark.parametrize(
-    "command", ["run.py", "-m flask run", "-m flask db upgrade", "-m flask users list"]
-)
-
-
-@each_command
-def test_invalid_setting_stops_the_program_with_its_name(command):
-    process = run_python(*command.split(), CORS_ORIGINS="http://a\n*")
-    assert_stopped_with("CORS_ORIGINS must .+", process)
-
-
-@each_command
-@pytest.mark.parametrize("is_pipe", [False, True], ids=["UTF-16", "pipe"])
-def test_env_file_that_cannot_be_read_stops_the_program_with_its_path(clone, is_pipe, command):
-    if is_pipe:
-        os.mkfifo(clone / ".env")
-    else:
-        (clone / ".env").write_text("PORT=1", "utf-16")
-    process = run_python(*command.split(), cwd=clone, FLASK_SKIP_DOTENV="1")
-    assert_stopped_with(rf"{re.escape(str(clone))}/\.env .*must be .+", process)
 
 
 def test_flask_help_with_invalid_setting_shows_one_line_and_the_help():
@@ -317,124 +244,79 @@ def test_flask_help_with_invalid_setting_shows_one_line_and_the_help():
     assert "Commands:" in process.stdout
 
 
-def test_flask_command_and_run_ignore_the_env_file_of_a_parent_folder(start, clone, tmp_path):
-    (tmp_path / ".env").write_text(f"DATABASE_URL=sqlite:///{tmp_path / 'parent.db'}\n")
-    environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    subprocess.run(
-        [sys.executable, "-m", "flask", "db", "upgrade"], cwd=clone, env=environ, check=True, timeout=TIMEOUT
-    )
-    assert (clone / "instance" / "chatbot.db").exists()
-    assert not (tmp_path / "parent.db").exists()
-
-
 @pytest.mark.parametrize("command", ["-c 'import run'", "-m gunicorn --bind 127.0.0.1:0 run:app"])
 def test_other_server_without_what_its_processes_share_does_not_start(command):
-    for settings, name in (({}, "SECRET_KEY"), ({"SECRET_KEY": SECRET_KEY}, "SESSIONS_VALID_FROM")):
+    for settings, name in (({}, "SECRET_KEY"), ({"SECRET_KEY": "x" * 32}, "SESSIONS_VALID_FROM")):
         process = run_python(*shlex.split(command), WEB_CONCURRENCY="1", **settings)
-        assert process.returncode == 4
         [line] = read_lines(process)
-        assert line.startswith(f"Error: {name} must be set")
-
-
-def test_other_server_with_what_its_processes_share_serves(start, empty_database):
-    run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database)
-    prefix = run_instead("-m", "gunicorn", "--bind", "127.0.0.1:0", "run:app")
-    server = start(prefix=prefix, DATABASE_URL=empty_database, **SHARED_SESSIONS)
-    assert can_send_message(server)
-
-
-@pytest.mark.parametrize("command", ["-c 'import app; app.create_app()'", "-m flask --app run users list"])
-def test_script_or_flask_command_without_secret_key_runs(empty_database, command):
-    run_python("-m", "flask", "db", "upgrade", DATABASE_URL=empty_database)
-    assert run_python(*shlex.split(command), DATABASE_URL=empty_database).returncode == 0
-
-
-@pytest.fixture
-def no_database(tmp_path):
-    """Return a file that is not a database."""
-    path = tmp_path / "notes.txt"
-    path.write_text("This is not a database, and it is longer than the header of one. " * 20)
-    return path
+        assert (process.returncode, line.startswith(f"Error: {name} must be set")) == (4, True)
 
 
 @pytest.mark.parametrize(
     "url",
     [
         "sqlite:////nowhere/chat.db",
-        "sqlite:////proc/chat.db",
-        "sqlite:///{no_database}",
-        "postgres://chat:s3cret@127.0.0.1:{port}/chat",
+        "sqlite:///{notes}",
         "postgres://chat:s3cret@nowhere.invalid/chat",
         "postgres://chat:s3cret@127.0.0.1:{port},127.0.0.2:{port}/chat",
     ],
 )
-def test_unusable_database_stops_the_program_with_one_line(no_database, url):
-    url = url.format(no_database=no_database, port=find_free_port())
-    process = run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="0")
-    assert process.returncode != 0
-    [line] = read_lines(process)
+def test_unusable_database_stops_the_program_with_one_line(tmp_path, url):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("This is not a database, and it is longer than the header of one. " * 20)
+    url = url.format(notes=notes, port=find_free_port())
+    [line] = read_lines(run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="0"))
     assert line.startswith("Error: the database of DATABASE_URL cannot be used: ")
     assert "s3cret" not in line
-    assert no_database.read_text().startswith("This is not a database")
+    assert notes.read_text().startswith("This is not a database")
 
 
-@pytest.mark.skipif(not POSTGRESQL_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
-@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-@pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
-def test_database_that_cannot_hold_unicode_stops_the_program_with_one_line(encoding, command):
+@pytest.fixture
+def missing_database():
+    """The URL of a PostgreSQL database that does not exist, and a function that creates it with options."""
     name = f"chat_test_{secrets.token_hex(4)}"
-    url = make_url(POSTGRESQL_URL).set(database=name).render_as_string(hide_password=False)
-    with psycopg.connect(POSTGRESQL_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
-        try:
-            process = run_python(*command.split(), DATABASE_URL=url)
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    assert process.returncode != 0
-    [line] = read_lines(process)
-    assert "Error: " in line
-    assert f"its encoding must be UTF8, not {encoding}" in line
+    with psycopg.connect(SERVER_URL.replace("postgres://", "postgresql://"), autocommit=True) as connection:
+        url = make_url(SERVER_URL).set(database=name).render_as_string(hide_password=False)
+        yield url, lambda options="": connection.execute(f"CREATE DATABASE {name} {options}")
+        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
-@pytest.mark.parametrize("command", ["run.py", "-m flask db upgrade"])
-def test_instance_folder_that_cannot_be_created_stops_the_program_with_a_message(clone, command):
-    (clone / "instance").write_text("This is not a folder")
-    assert_stopped_with(".*DATABASE_URL.*", run_python(*command.split(), cwd=clone))
+@needs_postgresql
+@pytest.mark.parametrize(("encoding", "command"), [("LATIN1", "run.py"), ("SQL_ASCII", "-m flask db upgrade")])
+def test_database_that_cannot_hold_unicode_stops_the_program_with_one_line(missing_database, encoding, command):
+    url, create = missing_database
+    create(f"TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+    [line] = read_lines(run_python(*command.split(), DATABASE_URL=url))
+    assert re.search(f"Error: .*its encoding must be UTF8, not {encoding}", line)
 
 
 def test_run_waits_for_the_database_server_up_to_database_wait():
     url = f"postgresql://chat:s3cret@127.0.0.1:{find_free_port()}/chat"
-    process = run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="2")
-    assert process.returncode != 0
-    waiting, error = read_lines(process)
-    assert "Waiting up to 2 s for the database: " in waiting
+    waiting, error = read_lines(run_python("run.py", DATABASE_URL=url, DATABASE_WAIT="1"))
+    assert "Waiting up to 1 s for the database: " in waiting
     assert error.startswith("Error: the database of DATABASE_URL cannot be used: ")
     assert "s3cret" not in waiting + error
 
 
-@pytest.mark.skipif(not POSTGRESQL_URL, reason="TEST_DATABASE_URL names no PostgreSQL server")
-def test_run_serves_as_soon_as_the_database_is_available(tmp_path):
-    name = f"chat_test_{secrets.token_hex(4)}"
-    url = make_url(POSTGRESQL_URL).set(database=name).render_as_string(hide_password=False)
-    server_url = POSTGRESQL_URL.replace("postgres://", "postgresql://")
-    command = [sys.executable, "run.py"]
+@needs_postgresql
+def test_run_serves_as_soon_as_the_database_is_available(missing_database):
+    url, create = missing_database
     environ = {**os.environ, "DATABASE_URL": url, "DATABASE_WAIT": str(TIMEOUT), "PORT": "0"}
-    with psycopg.connect(server_url, autocommit=True) as connection:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(
+        [sys.executable, "run.py"], cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert any("Waiting up to" in line for line in process.stderr)
-            connection.execute(f"CREATE DATABASE {name}")
+            create()
             assert any("Listening at" in line for line in process.stderr)
         finally:
             process.terminate()
-            process.communicate(timeout=TIMEOUT)
-            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
-def test_run_on_a_newer_schema_warns_and_serves(start, tmp_path):
-    start().terminate()
+def test_run_on_a_newer_schema_warns_and_serves(serve, tmp_path):
+    serve().terminate()
     with closing(sqlite3.connect(tmp_path / "chat.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
-    server = start()
+    server = serve()
     assert server.wait_for("schema is newer than this program")
     assert can_send_message(server)
