@@ -19,14 +19,12 @@ from config import SETTINGS, load_config
 # Empty counts as unset: neither the environment nor a developer's .env reaches a test, in subprocesses either.
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
-from app import create_app, db, replies
+from app import create_app, db, replies, security
 from app.bot import create_bot
-from app import security
 from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
 # Tests do not wait for what another process saves, or requests, as long as users do.
-REPLY_INTERVALS = replies.SAVE_INTERVAL, replies.POLL_INTERVAL
 replies.SAVE_INTERVAL, replies.POLL_INTERVAL = 0.2, 0.1
 
 PASSWORD = "correct horse"

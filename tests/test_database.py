@@ -18,7 +18,15 @@ from sqlalchemy.exc import OperationalError
 from app import create_app, db
 from app.bot import BotError
 from app.database import Timestamp, contains, fold_case, format_timestamp, iso8601
-from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql, on_sqlite
+from tests.conftest import (
+    PASSWORD,
+    SHARED_SESSIONS,
+    create_logged_in_client,
+    create_other_client,
+    echo,
+    on_postgresql,
+    on_sqlite,
+)
 from tests.helpers.bots import start_reply
 from tests.helpers.data import execute, get_answer
 from tests.helpers.server import TIMEOUT, measure, run_concurrently, run_in_background, wait_until
@@ -84,7 +92,7 @@ POSTGRESQL_OPTIONS = {
 @on_postgresql
 def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app, database):
     options = "%20".join(f"-c%20{name}%3D{value}" for name, (value, _) in POSTGRESQL_OPTIONS.items())
-    app = make_app(DATABASE_URL=f"{database}?options={options}")
+    app = make_app(DATABASE_URL=f"{database}?options={options}", **SHARED_SESSIONS)
     for name, (_, expected) in POSTGRESQL_OPTIONS.items():
         assert execute(app, f"SHOW {name}") == [(expected,)]
     ada = create_logged_in_client(app, "ada")
@@ -92,7 +100,7 @@ def test_postgresql_server_with_other_defaults_gives_the_same_responses(make_app
     users = ada.get("/api/users/status").json
     for timestamp in (users["users"][0]["last_login"], messages[0]["created_at"]):
         assert abs(datetime.now(UTC) - datetime.fromisoformat(timestamp)) < timedelta(seconds=TIMEOUT)
-    client = make_app().test_client()
+    client = make_app(**SHARED_SESSIONS).test_client()
     assert client.get("/api/users/status").json == users
     client.login("ada")
     assert client.list_messages(1) == messages
