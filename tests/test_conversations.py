@@ -1,5 +1,6 @@
 """Conversations and their messages: list, create, rename, delete, send; whose they are; what happens meanwhile."""
 
+import re
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain
@@ -10,28 +11,16 @@ from sqlalchemy import event
 from app import db
 from app.threads import run_long_query
 from tests.conftest import PASSWORD, create_logged_in_client, create_other_client, echo, on_postgresql
-from tests.helpers.data import add_conversations, execute, get_answer, get_ids
-from tests.helpers.queries import record_queries
+from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_texts
 from tests.helpers.server import run_all, run_concurrently
 
 MAX_ID = 2**63 - 1
 NOT_FOUND = (404, {"error": "Conversation not found"})
 UNUSUAL_TEXTS = [
-    *(
-        "a",
-        " a ",
-        "😀👩‍👩‍👧‍👦",
-        "مرحبا",
-        "e\u0301",
-        "\u00e9",
-        "a\ufeff",
-        "\ufffe\uffffa",
-        "\U0010ffffa",
-        "a\u2028b\u2029c",
-    ),
+    *("a", " a ", "😀👩‍👩‍👧‍👦", "مرحبا", "e\u0301", "\u00e9", "a\ufeff", "\ufffe\uffffa", "\U0010ffffa"),
     *('"', "\\", '\\"', "\\u0041", "\\\\n", "'", "''", "%s %(a)s :a ?", "{}", "[]", "null", "0", "</script>", "&lt;"),
-    *("\u0301", "\u00b7", "\u2063x", "❤\ufe0f", "1\ufe0f\u20e3", "｡"),
-    *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --"),
+    *("\u0301", "\u00b7", "\u2063x", "❤\ufe0f", "1\ufe0f\u20e3", "｡", "a\u2028b\u2029c"),
+    *("\x01a", "\b\f\n\r\t\va", "\x1b[31m", "\x7f\x80\x9fa", "a\r\nb", "'; DROP TABLE message; --", "😀" * 255),
 ]
 
 
@@ -48,35 +37,30 @@ def test_rename_conversation_changes_its_name_only(ada):
     tea, ink = ada.create_conversation("Tea"), ada.create_conversation("Ink")
     response = ada.put(f"/api/conversations/{ink}", json={"name": "Oil"})
     assert get_answer(response) == (200, {"id": ink, "name": "Oil"})
-    assert ada.list_conversations() == [
-        {"id": tea, "name": "Tea", "messages": []},
-        {"id": ink, "name": "Oil", "messages": []},
-    ]
+    expected = [{"id": tea, "name": "Tea", "messages": []}, {"id": ink, "name": "Oil", "messages": []}]
+    assert ada.list_conversations() == expected
 
 
 @pytest.mark.parametrize("body", [{"name": "Oil"}, {"archived": True}, {"name": "Oil", "archived": True, "other": 1}])
 def test_patch_conversation_changes_what_is_given_and_returns_details(ada, body):
-    id = ada.create_conversation("Ink")
-    before = ada.get(f"/api/conversations/{id}").json
-    del before["messages"]
-    expected = {**before, "name": body.get("name", "Ink"), "archived": body.get("archived", False)}
+    path = f"/api/conversations/{ada.create_conversation('Ink')}"
+    expected = {**ada.get(path).json, "name": body.get("name", "Ink"), "archived": body.get("archived", False)}
+    messages = {"messages": expected.pop("messages")}
     for _ in range(2):
-        assert get_answer(ada.patch(f"/api/conversations/{id}", json=body)) == (200, expected)
-    assert ada.get(f"/api/conversations/{id}").json == {**expected, "messages": []}
-    assert ada.patch(f"/api/conversations/{id}", json={"archived": False}).json == {**expected, "archived": False}
+        assert get_answer(ada.patch(path, json=body)) == (200, expected)
+    assert ada.get(path).json == {**expected, **messages}
+    assert ada.patch(path, json={"archived": False}).json == {**expected, "archived": False}
 
 
-INVALID_CHANGES = [
-    ({}, "name or archived is required"),
-    ({"title": "Oil"}, "name or archived is required"),
-    ({"name": None, "archived": True}, "name must be a string"),
-    ({"name": "Oil", "archived": None}, "archived must be true or false"),
-    ({"name": "Oil", "archived": 1}, "archived must be true or false"),
-    ({"name": "Oil", "archived": "true"}, "archived must be true or false"),
-]
-
-
-@pytest.mark.parametrize(("body", "error"), INVALID_CHANGES)
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({}, "name or archived is required"),
+        ({"title": "Oil"}, "name or archived is required"),
+        ({"name": None, "archived": True}, "name must be a string"),
+        *(({"name": "Oil", "archived": value}, "archived must be true or false") for value in (None, 1, "true")),
+    ],
+)
 def test_invalid_patch_returns_400_and_changes_nothing(ada, body, error):
     path = f"/api/conversations/{ada.create_conversation('Ink')}"
     before = ada.get(path).json
@@ -84,21 +68,21 @@ def test_invalid_patch_returns_400_and_changes_nothing(ada, body, error):
     assert ada.get(path).json == before
 
 
-@pytest.mark.parametrize("action", ["send", "edit", "regenerate", "show a version"])
-def test_change_of_messages_brings_an_archived_conversation_back(ada, action):
-    id = ada.create_conversation()
-    message_id = ada.send_message(id).json[0]["id"]
-    etag = ada.get(f"/api/conversations/{id}").headers["ETag"]
-    ada.patch(f"/api/conversations/{id}", json={"archived": True})
-    assert ada.get(f"/api/conversations/{id}", headers={"If-None-Match": etag}).json["archived"]
-    requests = {
-        "send": lambda: ada.send_message(id),
-        "edit": lambda: ada.edit_message(id, message_id, "Other"),
-        "regenerate": lambda: ada.edit_message(id, message_id, "Hello"),
-        "show a version": lambda: ada.put(f"/api/conversations/{id}/current", json={"message_id": message_id}),
-    }
-    assert requests[action]().status_code < 300
-    assert not ada.get(f"/api/conversations/{id}").json["archived"]
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/messages", {"text": "Hello"}),
+        ("PUT", "/messages/1", {"text": "Other"}),
+        ("PUT", "/messages/1", {"text": "Hello"}),
+        ("PUT", "/current", {"message_id": 1}),
+    ],
+)
+def test_change_of_messages_brings_an_archived_conversation_back(ada, method, path, body):
+    ada.send_message(ada.create_conversation())
+    ada.patch("/api/conversations/1", json={"archived": True})
+    assert ada.get("/api/conversations/1").json["archived"]
+    assert ada.open(f"/api/conversations/1{path}", method=method, json=body).status_code < 300
+    assert not ada.get("/api/conversations/1").json["archived"]
 
 
 def test_delete_conversation_deletes_its_messages_only(app, ada):
@@ -117,15 +101,15 @@ def test_send_message_returns_it_with_the_reply(echo_ada):
     started_at = datetime.now(UTC)
     response = echo_ada.send_message(conversation, "Hello")
     ended_at = datetime.now(UTC)
-
-    assert response.status_code == 201
-    assert [list(message) for message in response.json] == [["id", "sender", "text", "created_at"]] * 2
-    question, reply = response.json
-    assert question == {"id": 1, "sender": "user", "text": "Hello", "created_at": question["created_at"]}
-    assert reply == {"id": 2, "sender": "bot", "text": "Hello", "created_at": reply["created_at"]}
-    assert question["created_at"][-1] == reply["created_at"][-1] == "Z"
-    timestamps = [datetime.fromisoformat(message["created_at"]) for message in response.json]
-    assert [started_at, *timestamps, ended_at] == sorted([started_at, *timestamps, ended_at])
+    times = [message["created_at"] for message in response.json]
+    expected = [
+        {"id": 1, "sender": "user", "text": "Hello", "created_at": times[0]},
+        {"id": 2, "sender": "bot", "text": "Hello", "created_at": times[1]},
+    ]
+    assert get_answer(response) == (201, expected)
+    assert [list(message) for message in response.json] == [list(message) for message in expected]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", time) for time in times)
+    assert started_at <= datetime.fromisoformat(times[0]) <= datetime.fromisoformat(times[1]) <= ended_at
     assert echo_ada.list_messages(conversation) == response.json
 
 
@@ -139,52 +123,43 @@ def test_list_conversations_is_oldest_first_like_the_messages_in_it(echo_ada):
     ]
 
 
-LONG_LISTS = {"many messages": (1001, "Text"), "long messages": (4, "x" * 100_000)}
+LONG_LISTS = {"many conversations": (130, 4, "Text"), "many messages": (2, 1001, "Text"), "long": (2, 4, "x" * 100_000)}
 
 
-@pytest.mark.parametrize(("messages", "text"), LONG_LISTS.values(), ids=LONG_LISTS)
-def test_list_of_more_than_a_page_has_all_messages(app, ada, messages, text):
-    ids = add_conversations(app, ada, 2, messages)
+@pytest.mark.parametrize(("count", "messages", "text"), LONG_LISTS.values(), ids=LONG_LISTS)
+def test_list_of_more_than_a_page_has_all_conversations_and_messages(app, ada, count, messages, text):
+    ids = add_conversations(app, ada, count, messages)
     execute(app, "UPDATE message SET text = :text", text=text)
     conversations = ada.list_conversations()
     assert get_ids(conversations) == ids
     for conversation in conversations:
-        assert [message["text"] for message in conversation["messages"]] == [text] * messages
+        assert get_texts(conversation["messages"]) == [text] * messages
         assert ada.list_messages(conversation["id"]) == conversation["messages"]
 
 
-@pytest.mark.parametrize("query", ["", "?messages=1", "?limit=1", "?limit=1&messages=0&q=a", "/1", "/1?messages=5"])
-def test_list_with_messages_waits_for_other_long_queries_of_the_user(ada, bob, monkeypatch, query):
+LONG_QUERIES = [
+    *("conversations", "conversations?messages=1", "conversations?limit=1", "conversations?q=a", "messages?q=a"),
+    *("conversations?limit=1&messages=0&q=a", "conversations/1", "conversations/1?messages=5"),
+]
+
+
+@pytest.mark.parametrize("query", LONG_QUERIES)
+def test_list_with_messages_or_search_waits_for_other_long_queries_of_the_user(ada, bob, monkeypatch, query):
     monkeypatch.setattr("app.threads.MAX_WAIT", 0.05)
     ada.create_conversation()
+    bob.create_conversation()
     other = create_other_client(ada)
 
     def list_again():
         short = ("?messages=0", "?messages=0&order=recent&limit=9", "/1?messages=0", "/1/messages")
         assert {other.get(f"/api/conversations{path}").status_code for path in short} == {200}
-        assert bob.get("/api/conversations").status_code == 200
-        return get_answer(other.get(f"/api/conversations{query}"))
+        assert bob.get(f"/api/{query.replace('/1', '/2')}").status_code == 200
+        response = other.get(f"/api/{query}")
+        return *get_answer(response), response.headers["Retry-After"]
 
-    busy = (503, {"error": "The server is busy, try again later"})
+    busy = (503, {"error": "The server is busy, try again later"}, "5")
     assert run_long_query(list_again, ada.user_id) == busy
-    assert other.get(f"/api/conversations{query}").status_code == 200
-
-
-def test_list_shows_changes_of_another_server(make_app):
-    here, there = (make_app(SECRET_KEY="the same key on both servers, of 32 characters") for _ in range(2))
-    ada = create_logged_in_client(here, "ada")
-    elsewhere = create_other_client(ada, there)
-    first, second = ada.create_conversation("First"), ada.create_conversation("Second")
-    ada.send_message(second)
-    assert ada.list_conversations() == elsewhere.list_conversations()
-
-    elsewhere.send_message(second)
-    elsewhere.put(f"/api/conversations/{second}", json={"name": "Renamed"})
-    elsewhere.delete(f"/api/conversations/{first}")
-    elsewhere.create_conversation("Empty")
-    conversations = ada.list_conversations()
-    assert [(item["name"], len(item["messages"])) for item in conversations] == [("Renamed", 4), ("Empty", 0)]
-    assert conversations == elsewhere.list_conversations()
+    assert other.get(f"/api/{query}").status_code == 200
 
 
 # Timestamps, where they are asked for
@@ -206,47 +181,30 @@ def test_updated_at_is_the_time_of_the_last_change_of_a_message(ada):
     created = ada.get(f"/api/conversations/{id}").json
     sent = ada.send_message(id).json
     after_send = ada.get(f"/api/conversations/{id}").json
-    ada.put(f"/api/conversations/{id}", json={"name": "Renamed"})
-    after_rename = ada.get(f"/api/conversations/{id}").json
-    assert created["created_at"] == after_send["created_at"] == after_rename["created_at"]
+    assert created["created_at"] == after_send["created_at"]
     assert created["updated_at"] < after_send["updated_at"] <= sent[0]["created_at"]
-    assert after_send["updated_at"] == after_rename["updated_at"]
+    ada.put(f"/api/conversations/{id}", json={"name": "Renamed"})
+    assert ada.get(f"/api/conversations/{id}").json == {**after_send, "name": "Renamed"}
 
 
-# Bounds
-
-BOUNDED_FIELDS = [
-    ("POST", "/api/conversations", "name", 255, 201),
-    ("PUT", "/api/conversations/1", "name", 255, 200),
-    ("PATCH", "/api/conversations/1", "name", 255, 200),
-    ("POST", "/api/conversations/1/messages", "text", 100_000, 201),
-    ("PUT", "/api/conversations/1/messages/1", "text", 100_000, 200),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "field", "max_length", "status"), BOUNDED_FIELDS)
-def test_name_or_text_within_bounds_is_accepted(ada, method, path, field, max_length, status):
-    ada.send_message(ada.create_conversation())
-    for value in ("a", " a ", "😀" * max_length):
-        assert ada.open(path, method=method, json={field: value}).status_code == status
+# Unusual texts
 
 
 def test_unusual_names_are_returned_unchanged(ada):
     ids = [ada.create_conversation(name) for name in UNUSUAL_TEXTS]
-    assert [conversation["name"] for conversation in ada.list_conversations()] == UNUSUAL_TEXTS
+    assert [item["name"] for item in ada.list_conversations()] == UNUSUAL_TEXTS
     for id, name in zip(ids, UNUSUAL_TEXTS[::-1], strict=True):
         assert ada.put(f"/api/conversations/{id}", json={"name": name}).json["name"] == name
-    assert [conversation["name"] for conversation in ada.list_conversations()] == UNUSUAL_TEXTS[::-1]
+    assert [item["name"] for item in ada.list_conversations()] == UNUSUAL_TEXTS[::-1]
 
 
 def test_unusual_texts_are_returned_unchanged(echo_ada):
-    texts = [*UNUSUAL_TEXTS, "".join(UNUSUAL_TEXTS), "x" * 100_000, '\\"😀\n' * 20_000 + "."]
+    texts = [*UNUSUAL_TEXTS, "".join(UNUSUAL_TEXTS), "😀" * 100_000, '\\"😀\n' * 20_000 + "."]
     conversation = echo_ada.create_conversation()
     exchanges = [echo_ada.send_message(conversation, text).json for text in texts]
     assert [question["text"] for question, _ in exchanges] == texts
-    assert [reply["text"].lstrip("\b\f\n\r\t\v ") for _, reply in exchanges] == [
-        text.lstrip("\b\f\n\r\t\v ") for text in texts
-    ]
+    blank = "\b\f\n\r\t\v "
+    assert [reply["text"].lstrip(blank) for _, reply in exchanges] == [text.lstrip(blank) for text in texts]
     assert echo_ada.list_messages(conversation) == list(chain(*exchanges))
 
 
@@ -287,19 +245,14 @@ def test_ids_below_2_63_can_be_used_in_paths(app, ada, id):
 
 # Whose they are
 
-BODY = {"name": "Mine now", "text": "Hello", "password": PASSWORD, "current_password": PASSWORD, "new_password": "x"}
-BODY |= {"message_id": 1}
+BODY = {"name": "Mine now", "text": "Hello", "message_id": 1}
+BODY |= {"password": PASSWORD, "current_password": PASSWORD, "new_password": "x"}
 CONVERSATION_ENDPOINTS = [
-    ("GET", "/api/conversations/{conversation_id}"),
-    ("PUT", "/api/conversations/{conversation_id}"),
-    ("PATCH", "/api/conversations/{conversation_id}"),
-    ("DELETE", "/api/conversations/{conversation_id}"),
+    *((method, "/api/conversations/{conversation_id}") for method in ("GET", "PUT", "PATCH", "DELETE")),
     ("POST", "/api/conversations/{conversation_id}/title"),
     ("PUT", "/api/conversations/{conversation_id}/current"),
-    ("GET", "/api/conversations/{conversation_id}/messages"),
-    ("POST", "/api/conversations/{conversation_id}/messages"),
-    ("GET", "/api/conversations/{conversation_id}/messages/{message_id}"),
-    ("PUT", "/api/conversations/{conversation_id}/messages/{message_id}"),
+    *((method, "/api/conversations/{conversation_id}/messages") for method in ("GET", "POST")),
+    *((method, "/api/conversations/{conversation_id}/messages/{message_id}") for method in ("GET", "PUT")),
     ("GET", "/api/conversations/{conversation_id}/messages/{message_id}/versions"),
     ("GET", "/api/conversations/{conversation_id}/messages/{message_id}/events"),
     ("POST", "/api/conversations/{conversation_id}/messages/{message_id}/stop"),
@@ -315,11 +268,8 @@ LOGIN_REQUIRED = [
     *CONVERSATION_ENDPOINTS,
 ]
 PUBLIC = [
-    ("GET", "/api/test"),
-    ("GET", "/api/health"),
-    ("POST", "/api/signup"),
-    ("POST", "/api/login"),
-    ("GET", "/api/users/status"),
+    *(("GET", f"/api/{path}") for path in ("test", "health", "users/status")),
+    *(("POST", f"/api/{path}") for path in ("signup", "login")),
 ]
 
 
@@ -363,34 +313,6 @@ def test_request_without_a_session_returns_401_and_changes_nothing(ada, client, 
             assert get_answer(response) == (401, {"error": "Login required"}), (method, url)
     ada.login("ada")
     assert ada.list_conversations() == before
-
-
-def test_list_conversations_shows_the_callers_only(ada, bob):
-    adas, bobs = ada.create_conversation("Ada's"), bob.create_conversation("Bob's")
-    assert get_ids(ada.list_conversations()) == [adas]
-    assert get_ids(bob.list_conversations()) == [bobs]
-
-
-# Costs
-
-
-def test_delete_conversation_sends_no_more_queries_for_more_messages(app, ada):
-    few, many, other = add_conversations(app, ada, 3, messages=2)
-    ada.list_conversations()  # the first request looks for abandoned replies, too
-    execute(
-        app,
-        """INSERT INTO message (sender, text, conversation_id, created_at)
-        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
-        SELECT 'user', 'Hello', id, created_at FROM conversation, n WHERE id = :id""",
-        id=many,
-    )
-    counts = []
-    for id in (few, many):
-        with record_queries(app) as queries:
-            assert ada.delete(f"/api/conversations/{id}").status_code == 204
-        counts.append(len(queries))
-    assert counts[0] == counts[1]
-    assert execute(app, "SELECT conversation_id, count(*) FROM message GROUP BY conversation_id") == [(other, 2)]
 
 
 # Meanwhile
@@ -457,4 +379,4 @@ def test_conversations_of_users_who_send_at_once_do_not_mix(make_app):
     for number, client in enumerate(clients):
         [conversation] = client.list_conversations()
         texts = [f"{number} {n}" for n in range(5) for _ in ("user", "bot")]
-        assert [message["text"] for message in conversation["messages"]] == texts
+        assert get_texts(conversation["messages"]) == texts

@@ -327,20 +327,3 @@ def test_migration_may_take_longer_than_a_request(empty_app, add_migration, monk
     folder = add_migration("conversation", 'op.execute("SELECT pg_sleep(1)")')
     monkeypatch.setattr("app.postgresql.Connection.timeout", 0.5)
     assert run_flask_db(empty_app, "upgrade", "--directory", folder) == 0
-
-
-# Without tables
-
-
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/api/users/status"), ("POST", "/api/signup"), ("POST", "/api/login")]
-)
-def test_request_without_tables_returns_503_and_the_log_says_what_to_run(empty_app, caplog, method, path):
-    body = {"username": "ada", "password": "correct horse"}
-    response = empty_app.test_client().open(path, method=method, json=body)
-    assert response.status_code == 503
-    assert response.json == {"error": "The database is unavailable, try again later"}
-    assert int(response.headers["Retry-After"]) > 0
-    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "run python -m flask db upgrade" in record.getMessage()
-    assert not record.exc_info

@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import pytest
 
 from tests.conftest import create_logged_in_client, on_sqlite
-from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_items, get_next_url, read_pages
+from tests.helpers.data import add_conversations, execute, get_answer, get_ids, get_next_url, get_texts, read_pages
 
 MAX_ID = 2**63 - 1
 
@@ -16,16 +16,6 @@ def join(pages):
 
 
 # Conversations
-
-
-def test_list_without_parameters_is_everything_as_documented(app, ada):
-    ids = add_conversations(app, ada, 130, messages=4)
-    response = ada.get("/api/conversations")
-    assert get_ids(response.json) == ids
-    assert {tuple(conversation) for conversation in response.json} == {("id", "name", "messages")}
-    texts = {tuple(message["text"] for message in conversation["messages"]) for conversation in response.json}
-    assert texts == {("Text 0", "Text 1", "Text 2", "Text 3")}
-    assert "Link" not in response.headers
 
 
 def test_page_has_the_newest_conversations_first(app, ada):
@@ -39,6 +29,7 @@ def test_page_has_the_newest_conversations_first(app, ada):
 
 @pytest.mark.parametrize("parameters", [{}, {"order": "recent"}])
 def test_links_lead_to_each_conversation_once(app, ada, parameters):
+    assert read_pages(ada, "/api/conversations", limit=20, **parameters) == [[]]
     ids = add_conversations(app, ada, 6)
     execute(app, "UPDATE conversation SET updated_at = (SELECT max(updated_at) FROM conversation)")
     sizes = {1: [1] * 6, 2: [2, 2, 2], 4: [4, 2], 5: [5, 1], 6: [6], 7: [6], 100: [6]}
@@ -46,13 +37,6 @@ def test_links_lead_to_each_conversation_once(app, ada, parameters):
         pages = read_pages(ada, "/api/conversations", limit=limit, **parameters)
         assert [len(page) for page in pages] == expected
         assert get_ids(join(pages)) == ids[::-1]
-
-
-@pytest.mark.parametrize("path", ["/api/conversations?limit=20", "/api/conversations?limit=20&order=recent"])
-def test_empty_page_has_no_link(ada, path):
-    response = ada.get(path)
-    assert get_answer(response) == (200, [])
-    assert "Link" not in response.headers
 
 
 def test_pages_neither_repeat_nor_miss_any_while_others_are_created_and_deleted(app, ada):
@@ -71,16 +55,15 @@ def test_pages_neither_repeat_nor_miss_any_while_others_are_created_and_deleted(
 @pytest.mark.parametrize("q", [{}, {"q": "Text 1"}])
 def test_archived_filters_conversations_with_all_other_parameters(app, ada, order, q):
     ids = add_conversations(app, ada, 9, messages=2)
+    step = -1 if order else 1
     for id in ids[::2]:
         ada.patch(f"/api/conversations/{id}", json={"archived": True})
-    for archived, expected in (("true", ids[::2]), ("false", ids[1::2])):
+    for archived, expected in (("true", ids[::2]), ("false", ids[1::2]), ("", ids)):
         parameters = {"archived": archived, "messages": 1, **order, **q}
-        conversations = ada.list_conversations(**parameters)
-        assert get_ids(conversations) == (expected[::-1] if order else expected)
-        assert {item["archived"] for item in conversations} == {archived == "true"}
+        assert get_ids(ada.list_conversations(**parameters)) == expected[::step]
         pages = read_pages(ada, "/api/conversations", **parameters, limit=2)
         assert get_ids(join(pages)) == expected[::-1]
-    assert get_ids(ada.list_conversations(archived="", **order, **q)) == (ids[::-1] if order else ids)
+        assert [item["archived"] for item in join(pages)] == [item in ids[::2] for item in expected[::-1]]
 
 
 def test_order_recent_lists_the_last_changed_conversation_first(ada):
@@ -124,28 +107,22 @@ def test_link_keeps_the_other_parameters(ada):
     q = 'Tëa & "ink" <100%> #+/\\_?=;'
     ids = [ada.create_conversation(f"{n} {q.upper()}") for n in range(3)]
     parameters = {"limit": "2", "messages": "5", "q": q}
-    response = ada.get("/api/conversations", query_string=parameters)
-    url = get_next_url(response)
-    assert urlsplit(url).path == "/api/conversations"
-    assert dict(parse_qsl(urlsplit(url).query)) == {**parameters, "before": str(ids[1])}
-    assert get_ids(get_items(ada.get(url))) == [ids[0]]
+    url = urlsplit(get_next_url(ada.get("/api/conversations", query_string=parameters)))
+    assert url.path == "/api/conversations"
+    assert dict(parse_qsl(url.query)) == {**parameters, "before": str(ids[1])}
+    assert [get_ids(page) for page in read_pages(ada, url.path, **parameters)] == [[ids[2], ids[1]], [ids[0]]]
 
 
 @pytest.mark.parametrize("host", ["localhost", "chat.example.com:8443", "xn--bcher-kva.example"])
 @on_sqlite
 def test_link_is_relative_whatever_the_host_and_the_prefix_are(make_app, host):
-    app = make_app(TRUSTED_PROXIES="1")
-    ada = create_logged_in_client(app, "ada")
+    ada = create_logged_in_client(make_app(TRUSTED_PROXIES="1"), "ada")
     ada.signup("bob")
-    add_conversations(app, ada, 2, messages=2)
-    headers = {
-        "Cookie": f"chatbot_session={ada.session_cookie}",
-        "Host": host,
-        "X-Forwarded-Proto": "https",
-        "X-Forwarded-Prefix": "/chat",
-    }
+    add_conversations(ada.application, ada, 2, messages=2)
+    headers = {"Cookie": f"chatbot_session={ada.session_cookie}", "Host": host}
+    headers |= {"X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/chat"}
     for path in ("/api/conversations", "/api/conversations/1/messages", "/api/users/status"):
-        response = app.test_client(use_cookies=False).get(f"{path}?limit=1", headers=headers)
+        response = ada.application.test_client(use_cookies=False).get(f"{path}?limit=1", headers=headers)
         assert re.fullmatch(r'<\?limit=1&(before|after)=\d+>; rel="next"', response.headers["Link"]), path
 
 
@@ -162,13 +139,16 @@ def test_get_conversation_returns_it_as_the_list_shows_it(app, ada, messages):
 
 def test_page_of_messages_has_the_newest_in_order_of_time(app, ada):
     _, id, _ = add_conversations(app, ada, 3, messages=120)
-    path = f"/api/conversations/{id}/messages"
     messages = ada.list_messages(id)
-    assert ada.get(path).json == messages[-50:]
-    assert ada.get(f"{path}?limit=3").json == messages[-3:]
-    assert ada.get(f"{path}?limit=3&before={messages[10]['id']}").json == messages[7:10]
-    assert ada.get(f"{path}?before={messages[2]['id']}").json == messages[:2]
-    assert ada.get(f"{path}?before={messages[0]['id']}").json == []
+    assert get_texts(messages) == [f"Text {n}" for n in range(120)]
+    pages = {
+        "": messages[-50:],
+        "?limit=3": messages[-3:],
+        f"?limit=3&before={messages[10]['id']}": messages[7:10],
+        f"?before={messages[2]['id']}": messages[:2],
+        f"?before={messages[0]['id']}": [],
+    }
+    assert {query: ada.get(f"/api/conversations/{id}/messages{query}").json for query in pages} == pages
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(50, [50, 50, 20]), (60, [60, 60]), (100, [100, 20])])
@@ -190,12 +170,9 @@ def test_status_pages_list_each_user_once(app, ada):
     users = ada.get("/api/users/status").json["users"]
     assert get_ids(users) == [1, 2, 3, 4, 5]
     assert ada.get("/api/users/status?limit=2&after=1").json == {"users": users[1:3]}
-    assert ada.get("/api/users/status?limit=2&after=0").json == {"users": users[:2]}
-    pages = read_pages(ada, "/api/users/status", limit=2)
-    assert [len(page) for page in pages] == [2, 2, 1]
-    assert join(pages) == users
-    for limit in (5, 6):
-        assert read_pages(ada, "/api/users/status", limit=limit) == [users]
+    for limit, pages in ((2, [users[:2], users[2:4], users[4:]]), (5, [users]), (6, [users])):
+        assert read_pages(ada, "/api/users/status", limit=limit) == pages
+        assert read_pages(ada, "/api/users/status", limit=limit, after=0) == pages
 
 
 def test_status_pages_end_with_users_who_sign_up_meanwhile(ada, bob):
@@ -240,35 +217,27 @@ def test_integer_out_of_bounds_returns_400_that_names_it(ada):
             assert get_answer(ada.get(path, query_string={**others, name: value})) == (400, error), (path, value)
 
 
-def test_smallest_and_largest_integers_are_accepted(ada):
-    ada.create_conversation()
-    for path, others, name, minimum, maximum in INTEGERS:
-        for value in (minimum, maximum):
-            assert ada.get(path, query_string={**others, name: value}).status_code == 200, (path, name, value)
-
-
+CURSOR, CURSOR_OF_ID_0 = (quote(f"2026-01-31T12:00:00+00:00 {id}") for id in (1, 0))
 CONFLICTS = {
-    "/api/conversations?before=5": "before requires limit",
-    "/api/conversations?before=5&q=a&messages=1": "before requires limit",
-    "/api/conversations?before=5&limit=5&order=recent": "order=recent requires cursor instead of before",
-    "/api/conversations?order=oldest": "order must be recent",
-    "/api/conversations?archived=1": "archived must be true or false",
-    "/api/conversations?archived=True&limit=5": "archived must be true or false",
-    "/api/conversations?cursor={cursor}": "cursor requires limit and order=recent",
-    "/api/conversations?cursor={cursor_of_id_0}": "cursor requires limit and order=recent",
-    "/api/conversations?cursor={cursor}&limit=1": "cursor requires limit and order=recent",
-    "/api/conversations?cursor={cursor}&order=recent": "cursor requires limit and order=recent",
-    "/api/users/status?after=5": "after requires limit",
-    "/api/users/status?after=0": "after requires limit",
+    "conversations?before=5": "before requires limit",
+    "conversations?before=5&q=a&messages=1": "before requires limit",
+    "conversations?before=5&limit=5&order=recent": "order=recent requires cursor instead of before",
+    "conversations?order=oldest": "order must be recent",
+    "conversations?archived=1": "archived must be true or false",
+    "conversations?archived=True&limit=5": "archived must be true or false",
+    f"conversations?cursor={CURSOR}": "cursor requires limit and order=recent",
+    f"conversations?cursor={CURSOR_OF_ID_0}": "cursor requires limit and order=recent",
+    f"conversations?cursor={CURSOR}&limit=1": "cursor requires limit and order=recent",
+    f"conversations?cursor={CURSOR}&order=recent": "cursor requires limit and order=recent",
+    "users/status?after=5": "after requires limit",
+    "users/status?after=0": "after requires limit",
 }
 
 
 @on_sqlite
 def test_parameters_that_do_not_go_together_return_400(ada):
-    cursor, cursor_of_id_0 = (quote(f"2026-01-31T12:00:00+00:00 {id}") for id in (1, 0))
     for path, error in CONFLICTS.items():
-        response = ada.get(path.format(cursor=cursor, cursor_of_id_0=cursor_of_id_0))
-        assert get_answer(response) == (400, {"error": error}), path
+        assert get_answer(ada.get(f"/api/{path}")) == (400, {"error": error}), path
 
 
 FORGED_CURSORS = [
@@ -282,8 +251,6 @@ FORGED_CURSORS = [
 def test_forged_cursor_returns_400_or_a_page(ada):
     ada.create_conversation()
     for cursor in FORGED_CURSORS:
-        parameters = {"limit": 1, "order": "recent", "cursor": cursor}
-        response = ada.get("/api/conversations", query_string=parameters)
-        assert response.status_code in (200, 400), cursor
-        if response.status_code == 400:
-            assert response.json == {"error": "cursor must come from a Link header"}, cursor
+        response = ada.get("/api/conversations", query_string={"limit": 1, "order": "recent", "cursor": cursor})
+        is_refused = get_answer(response) == (400, {"error": "cursor must come from a Link header"})
+        assert is_refused or response.status_code == 200, cursor
