@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from app import create_app, db
-from tests.conftest import PASSWORD, on_sqlite
+from tests.conftest import on_sqlite
 from tests.helpers.bots import ASYNC, join_deltas
 from tests.helpers.data import execute
 from tests.helpers.server import (
+    PASSWORD,
     ROOT,
     TIMEOUT,
     measure,
