@@ -19,9 +19,8 @@ from config import SETTINGS, load_config
 # Empty counts as unset: neither the environment nor a developer's .env reaches a test, in subprocesses either.
 os.environ.update(dict.fromkeys(SETTINGS, ""))
 
-from app import create_app, db, replies
+from app import create_app, db, replies, security
 from app.bot import create_bot
-from app import security
 from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 

@@ -68,7 +68,7 @@ def test_users_list_shows_status_last_login_and_counts(app, client):
     for _ in range(2):
         here.send_message(here.create_conversation())
     here.create_conversation()
-    execute(app, "UPDATE message SET created_at = '2026-01-31T12:00:00.000000Z' WHERE id <= 2")
+    execute(app, "UPDATE message SET created_at = '2026-01-31T12:00:00.000000Z' WHERE id <= 3")
     create_logged_in_client(app, "gone").logout()
     create_logged_in_client(app, "refused")
     invoke(app, "users", "disable", "refused")
@@ -76,7 +76,7 @@ def test_users_list_shows_status_last_login_and_counts(app, client):
     patterns = [
         "ID +STATUS +LAST LOGIN +CONVERSATIONS +MESSAGES +LAST 24 H +USERNAME",
         "1 +Offline +never +0 +0 +0 +never there",
-        f"2 +Online +{TIMESTAMP} +3 +4 +2 +here",
+        f"2 +Online +{TIMESTAMP} +3 +4 +1 +here",
         f"3 +Offline +{TIMESTAMP} +0 +0 +0 +gone",
         f"4 +Disabled +{TIMESTAMP} +0 +0 +0 +refused",
     ]
