@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 
-import pytest
 from dotenv import dotenv_values
 
 from app.cli import DEMO
@@ -12,15 +11,13 @@ from config import SETTINGS, load_config
 from tests.helpers.readme import README, get_block
 from tests.helpers.server import ROOT, TIMEOUT
 
+CHAT = ROOT / "tests" / "typescript" / "chat"
 INSTALL = "python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements.txt && .venv/bin/python"
 
 
-@pytest.mark.parametrize("command", ["run.py", "-m pytest"])
-def test_each_of_the_two_commands_is_one_line(command):
-    assert f"```bash\n{INSTALL} {command}\n```" in README
-
-
-def test_readme_has_at_most_300_lines():
+def test_each_of_the_two_commands_is_one_line_of_a_readme_of_at_most_300():
+    for command in ("run.py", "-m pytest"):
+        assert f"```bash\n{INSTALL} {command}\n```" in README
     assert len(README.splitlines()) <= 300
 
 
@@ -31,16 +28,14 @@ def test_usernames_of_readme_and_demo_differ():
 
 
 def test_proxy_and_calls_of_a_front_end_are_those_of_the_tested_pages():
-    chat = ROOT / "tests" / "typescript" / "chat"
-    assert (chat / "vite.config.mjs").read_text() == get_block("js", "proxy")
-    page = (chat / "main.tsx").read_text()
+    assert (CHAT / "vite.config.mjs").read_text() == get_block("js", "proxy")
     for call in ("const { chat, show } = createChat(", "useChat({ chat, resume: true });"):
         assert call in get_block("ts", "createChat")
-        assert call in page
+        assert call in (CHAT / "main.tsx").read_text()
 
 
 def test_installed_packages_of_a_front_end_are_those_of_the_tested_pages():
-    package = json.loads((ROOT / "tests" / "typescript" / "chat" / "package.json").read_text())
+    package = json.loads((CHAT / "package.json").read_text())
     installed = dict(re.findall(r"(\S+)@([\d.]+)", get_block("bash", "npm install")))
     assert package["dependencies"].keys() | {"vite"} == installed.keys()
     for name, version in {**package["dependencies"], **package["devDependencies"]}.items():
@@ -56,11 +51,8 @@ def test_commands_that_name_a_model_and_a_database_write_valid_settings(tmp_path
     assert values == {**values, **{name: config[name] for name in ("BOT_MODEL", "OPENAI_BASE_URL")}}
 
 
-@pytest.mark.parametrize("name", sorted({*re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README)} - {"TEST_DATABASE_URL"}))
-def test_named_setting_exists(name):
-    assert name in SETTINGS
-
-
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_linked_file_exists(path):
-    assert (ROOT / path).is_file()
+def test_named_settings_and_linked_files_exist():
+    names = {*re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README)} - {"TEST_DATABASE_URL"}
+    assert names - {*SETTINGS} == set()
+    paths = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
