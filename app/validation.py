@@ -64,9 +64,9 @@ def get_bool(name):
 def get_id(name):
     """Return an id of the body; abort with 400 if it is missing or invalid."""
     value = get_json().get(name)
-    if type(value) is not int or not 1 <= value <= MAX_ID:
+    if type(value) not in (int, float) or value % 1 or not 1 <= value <= MAX_ID:  # in JSON, 5.0 is an integer, too
         abort(400, f"{name} must be an integer from 1 to {MAX_ID}")
-    return value
+    return int(value)
 
 
 def get_str_arg(name, max_length):
