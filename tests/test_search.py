@@ -11,6 +11,7 @@ from tests.helpers.server import run_in_background
 
 TEXTS_WITH_MATCH = [  # text, q, what q matches
     ("Straße ΟΔΟΣ", "STRASSE οδος", "Straße ΟΔΟΣ"),
+    ("ΟΔΟΣΑ", "οδος", "ΟΔΟΣ"),
     ("\u01c5 \u212b \ufb00 \u212a", "\u01c6 a\u030a FF k", "\u01c5 \u212b \ufb00 \u212a"),
     ("Grüße aus Österreich", "ÖSTER", "Öster"),
     ("GRÜSSE AUS ÖSTERREICH", "ö", "Ö"),
