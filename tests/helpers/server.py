@@ -62,14 +62,6 @@ def measure(func, *args, **kwargs):
     return time.monotonic() - start, result
 
 
-def record_measurement(name, value):
-    """Append a measurement of the current test to the file that TEST_FIGURES names, if it is set."""
-    if path := os.environ.get("TEST_FIGURES"):
-        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].removesuffix(" (call)")
-        with open(path, "a") as file:
-            file.write(f"{test}: {name} = {value:.3g}\n" if isinstance(value, float) else f"{test}: {name} = {value}\n")
-
-
 def find_free_port():
     """Return a port of the loopback interface that is not in use."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

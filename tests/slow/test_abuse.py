@@ -1,7 +1,6 @@
-"""Eight abusive clients at once, and a well-behaved one that must not notice.
+"""Eight abusive clients at once, and a well-behaved one that must not notice, and of which nothing may be lost.
 
-It lasts half a minute, in which nothing may be lost. With ABUSE_SECONDS it lasts as long as that says, such as 3600,
-and the latencies count, too: for this the machine must do nothing else.
+It lasts as many seconds as the environment variable ABUSE_SECONDS says, half a minute by default.
 """
 
 import os
@@ -10,10 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from multiprocessing import get_context
 
-from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all, record_measurement
+from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all
 
-ABUSE_SECONDS = os.environ.get("ABUSE_SECONDS")
-MAX_LATENCY = 1  # seconds, at the 99th percentile
+ABUSE_SECONDS = int(os.environ.get("ABUSE_SECONDS", "30"))
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
 
@@ -109,8 +107,8 @@ ABUSES = [
 ]
 
 
-def abuse(func, port, cookie, conversation_id, barrier, rounds):
-    """Repeat an abuse until the process is terminated; it leaves the processor to others. Count the rounds."""
+def abuse(func, port, cookie, conversation_id, barrier):
+    """Repeat an abuse until the process is terminated; it leaves the processor to others."""
     os.nice(10)
     with HttpClient(port) as client:
         barrier.wait(TIMEOUT)
@@ -118,18 +116,13 @@ def abuse(func, port, cookie, conversation_id, barrier, rounds):
             client.cookie = cookie  # an abusive login changes it
             with suppress(*LOST_CONNECTION):
                 func(client, conversation_id)
-            rounds.value += 1
 
 
 @contextmanager
 def run_abuses(server):
-    """Run all abuses while the block is executed, each in a process and with a user of its own that has messages.
-
-    Yields shared counters of the rounds by name.
-    """
+    """Run all abuses while the block is executed, each in a process and with a user of its own that has messages."""
     context = get_context("spawn")
     barrier = context.Barrier(len(ABUSES) + 1)
-    rounds = {func.__name__: context.Value("i") for func in ABUSES}
     processes = []
     try:
         for func in ABUSES:
@@ -137,11 +130,11 @@ def run_abuses(server):
                 conversation_id = client.create_conversation()
                 for _ in range(LONG_MESSAGES if func in (search, read_lists, read_nothing) else 0):
                     assert client.send_message(conversation_id, "a" * 100_000).status == 201
-            arguments = (func, server.port, client.cookie, conversation_id, barrier, rounds[func.__name__])
+            arguments = (func, server.port, client.cookie, conversation_id, barrier)
             processes.append(context.Process(target=abuse, args=arguments, daemon=True))
             processes[-1].start()
         barrier.wait(TIMEOUT)
-        yield rounds
+        yield
     finally:
         for process in processes:
             process.terminate()
@@ -149,48 +142,27 @@ def run_abuses(server):
 
 
 def behave_well(client, seconds):
-    """Make requests and send messages for some seconds; return the latencies by name and the texts sent."""
-    latencies = {"GET /api/test": [], "new connection": [], "send": []}
+    """Make requests and send messages for some seconds; all of them are served and kept."""
     texts = []
     conversation_id = client.create_conversation()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         texts.append(f"message {len(texts)}")
-        start = time.monotonic()
         assert client.get("/api/test").status == 200
-        latencies["GET /api/test"].append(time.monotonic() - start)
-        start = time.monotonic()
         with HttpClient(client.connection.port) as other:
             assert other.get("/api/test").status == 200
-        latencies["new connection"].append(time.monotonic() - start)
-        start = time.monotonic()
         response = client.send_message(conversation_id, texts[-1])
         assert response.status == 201, response.body
-        latencies["send"].append(time.monotonic() - start)
         time.sleep(0.1)
     messages = client.get(f"/api/conversations/{conversation_id}").json["messages"]
     assert [message["text"] for message in messages[::2]] == texts
-    return latencies
-
-
-def get_percentile(values, percent):
-    return sorted(values)[int(len(values) * percent / 100)]
 
 
 def test_abusive_clients_do_not_slow_down_others(serve):
     server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
     workers = server.all_workers()
-    with server.create_logged_in_client("ada") as client, run_abuses(server) as rounds:
-        latencies = behave_well(client, int(ABUSE_SECONDS or 30))
-    for name, counter in rounds.items():
-        record_measurement(f"{name}: rounds", counter.value)
-    for name, values in latencies.items():
-        for percent in (50, 99):
-            record_measurement(f"{name}: seconds at percentile {percent}", get_percentile(values, percent))
-        record_measurement(f"{name}: most seconds", max(values))
+    with server.create_logged_in_client("ada") as client, run_abuses(server):
+        behave_well(client, ABUSE_SECONDS)
     assert server.workers() == workers
     assert "Traceback" not in server.output
     assert PASSWORD not in server.output
-    if ABUSE_SECONDS:
-        for name in ("GET /api/test", "send"):
-            assert get_percentile(latencies[name], 99) < MAX_LATENCY, name

@@ -26,7 +26,6 @@ from tests.helpers.server import (
     TIMEOUT,
     measure,
     parse_events,
-    record_measurement,
     run_all,
     run_in_background,
     wait_until,
@@ -101,7 +100,6 @@ def run_senders(server):
         assert [exchange for exchange in sender.acknowledged if exchange not in exchanges] == []
         sender.client.close()
     refusals = [answered_at - sent_at for sender in senders for sent_at, answered_at in sender.refusals]
-    record_measurement("most seconds until a refusal", max(refusals))
     assert max(refusals) < MAX_SECONDS
     assert "Traceback" not in server.output
 
@@ -202,7 +200,6 @@ def test_silent_postgresql_gives_503_in_time_and_recovers(postgresql):
                 for _ in range(2):
                     results = run_all(*list_requests(server, ada, conversation_id))
                     assert all(is_unavailable(response) for _, response in results)
-                    record_measurement("most seconds until 503", max(seconds for seconds, _ in results))
                     assert max(seconds for seconds, _ in results) < MAX_SECONDS
                 wait_until(lambda: all(sender.refusals for sender in senders))  # a request that was under way, too
             finally:

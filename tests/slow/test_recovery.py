@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import SHARED_SESSIONS, on_sqlite
 from tests.helpers.bots import ASYNC, join_deltas
 from tests.helpers.model_server import ModelServer, running, stall
-from tests.helpers.server import PASSWORD, measure, record_measurement, run_in_background, wait_until
+from tests.helpers.server import PASSWORD, measure, run_in_background, wait_until
 
 ONE_WORKER = {**SHARED_SESSIONS, "WEB_CONCURRENCY": 1}
 
@@ -79,7 +79,6 @@ def test_stop_at_other_server_closes_connection_of_model(model, model_servers):
             assert exchange.load(other)["status"] == "in_progress"  # and the other server is warm
             seconds, response = measure(other.post, f"{exchange.path}/stop")
             rest = list(stream)
-        record_measurement("seconds to stop a reply of another server", seconds)
         stopped = response.json
         assert (response.status, stopped["status"], seconds < 10) == (200, "stopped", True)
         # The follower has received what was not stored yet.
@@ -116,7 +115,6 @@ def test_deletion_at_other_server_closes_connection_of_model(model, model_server
             assert other.delete(path, {"password": PASSWORD}).status == 204
             seconds, is_closed = measure(model.wait_for_hang_up)
             assert list(stream)[-1][:2] == ("error", {"error": "Conversation not found"})
-        record_measurement("seconds until the model's connection is closed", seconds)
         assert (is_closed, seconds < 10) == (True, True)
 
 
@@ -139,7 +137,6 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(serve):
         with servers[0].other_client(ada) as reader:
             received = list(islice(reader.stream("GET", f"{exchange.path}/events"), 6))
             servers[0].kill()
-        killed_at = time.monotonic()
         question, reply = other.get(exchange.messages_path).json
         assert (question, reply["status"]) == (exchange.question, "in_progress")
         assert len(reply["text"].split()) >= len(join_deltas(received).split()) - 2  # one word a second
@@ -147,7 +144,6 @@ def test_kill_9_keeps_question_and_text_and_fails_reply_within_a_minute(serve):
         deadline.start()
         events = list(other.stream("GET", f"{exchange.path}/events"))  # no other request comes
         deadline.cancel()
-        record_measurement("seconds until the reply reads failed", time.monotonic() - killed_at)
         failed = {**reply, "status": "failed", "error": "The server was stopped"}
         assert other.get(exchange.messages_path).json == [question, failed]
         assert (join_deltas(events), events[-1][1]) == (reply["text"], {"error": "The server was stopped"})
@@ -190,5 +186,4 @@ def test_acknowledged_messages_survive_kill_9(serve, database):
             stored = [messages[index : index + 2] for index in range(0, len(messages), 2)]
             assert {(question["sender"], reply["sender"]) for question, reply in stored} == {("user", "bot")}
             assert all(exchange in stored for exchange in exchanges)
-    record_measurement("acknowledged messages, all of them stored", sum(map(len, returned.values())))
     client.close()
