@@ -111,9 +111,10 @@ class Conversation(db.Model):
             page = Message.select_page(cls.id, limit).subquery()
             messages = sa.select(json_array(page.c.json)).scalar_subquery()
         archived = cls.archived_at.is_not(None).label("archived")
-        times = [iso8601(column).label(column.key) for column in (cls.created_at, cls.updated_at)]
-        columns = [cls.id, cls.name, archived, *times, progress, messages.label("messages_json")]
-        return sa.select(*columns).where(cls.user_id == sa.bindparam("user_id"))
+        times = {column.key: iso8601(column).label(column.key) for column in (cls.created_at, cls.updated_at)}
+        columns = [times.get(column.key, column) for column in cls.__table__.columns]
+        query = sa.select(*columns, archived, progress, messages.label("messages_json"))
+        return query.where(cls.user_id == sa.bindparam("user_id"))
 
     @classmethod
     def has_text(cls, folded):

@@ -150,7 +150,8 @@ def get_etag(rows):
 def conversation_to_dict(row, has_details=True):
     """Return a row of read_conversations() as the API shows it."""
     details = {"archived": bool(row.archived), "created_at": row.created_at, "updated_at": row.updated_at}
-    return {"id": row.id, "name": row.name, **(details if has_details else {}), "messages": Fragment(row.messages_json)}
+    fields = Conversation.to_dict(row) | (details if has_details else {})
+    return {**fields, "messages": Fragment(row.messages_json)}
 
 
 @bp.post("/api/conversations")
