@@ -93,7 +93,7 @@ def measure(name, count, seconds):
     duration = seconds + 10 + count // 20  # of a reply: all are still in progress when the last one was measured
     with ExitStack() as stack:
         url = stack.enter_context(DATABASES[name]())
-        program = stack.enter_context(Program("run.py", "tests.benchmark.ticking:app", DATABASE_URL=url, **settings))
+        program = stack.enter_context(Program("-m", "tests.benchmark.ticking", DATABASE_URL=url, **settings))
         client = program.signup("reader")
         filler = stack.enter_context(closing(Filler(url)))
         filler.conversations(count, "1")

@@ -1,8 +1,16 @@
-"""The program with a bot that yields ten chunks a second, for as many seconds as the user's message says."""
+"""`python -m tests.benchmark.ticking` serves the program with a bot that yields ten chunks a second.
+
+It does so for as many seconds as the user's message says.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()  # before anything else is imported
 
 import time
 
 from app import create_app
+from app.server import Server
 
 CHUNKS_PER_SECOND = 10
 WORD = "token "
@@ -15,4 +23,5 @@ def tick(history, **kwargs):
         yield WORD
 
 
-app = create_app(bot=tick)
+if __name__ == "__main__":
+    Server(create_app(bot=tick)).run()
