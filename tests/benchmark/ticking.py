@@ -3,9 +3,10 @@
 It does so for as many seconds as the user's message says.
 """
 
-from gevent import monkey
+if __name__ == "__main__":
+    from gevent import monkey
 
-monkey.patch_all()  # before anything else is imported
+    monkey.patch_all()  # before anything else is imported
 
 import time
 
