@@ -12,10 +12,8 @@ PAGE = """<!DOCTYPE html><title>Chat</title><script>
 const API = `http://localhost:${location.hash.slice(1)}`;
 const json = {"Content-Type": "application/json"};
 
-async function call(method, path, body, headers = {}) {
-    const init = {method, credentials: "include", headers: {...json, ...headers}};
-    const response = await fetch(API + path, {...init, body: body && JSON.stringify(body)});
-    return [response.status, await response.json(), response.headers.get("Preference-Applied")];
+async function get(path) {
+    return (await fetch(API + path, {credentials: "include"})).json();
 }
 
 // Send a message and read the stream until it has so many words; leave the rest unread.
@@ -63,12 +61,8 @@ class ChatPage:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(f"{origin}/#{server.port}")
 
-    def call(self, method, path, body=None, **headers):
-        """Make a request with fetch; return its status, its JSON and the preference that was applied."""
-        return self.page.evaluate("request => call(...request)", [method, path, body, headers])
-
     def list_messages(self):
-        return self.call("GET", self.path)[1]
+        return self.page.evaluate("get", self.path)
 
     def follow(self, message_id):
         """Begin to follow a reply with EventSource."""
@@ -115,25 +109,3 @@ def test_page_reloaded_in_mid_answer_follows_it_to_the_end(chat):
         "connections": 1,  # the second one got 204
     }
     assert "status" not in result["dones"][0][1]
-
-
-def test_page_stops_reply_that_it_follows(chat):
-    status, (question, reply), applied = chat.call("POST", chat.path, {"text": "/slow 60"}, Prefer="respond-async")
-    assert (status, applied) == (202, "respond-async")
-    chat.follow(reply["id"])
-    chat.page.wait_for_function("result.text.includes('2 ')")
-    status, stopped, _ = chat.call("POST", f"{chat.path}/{reply['id']}/stop")
-    assert (status, stopped["status"]) == (200, "stopped")
-    result = chat.wait_for_end()
-    assert result["text"].startswith(stopped["text"])  # another process knows what was saved a second ago
-    assert result["dones"] == [[question, stopped]] == [chat.list_messages()]
-
-
-@pytest.mark.parametrize(("text", "status", "words"), [("/drop 3", 201, "1 2 3 "), ("/fail", 502, "")])
-def test_page_reads_why_reply_failed(chat, text, status, words):
-    assert chat.call("POST", chat.path, {"text": text})[0] == status
-    _, reply = chat.list_messages()
-    assert (reply["text"], reply["error"]) == (words, "The bot failed to answer")
-    chat.follow(reply["id"])
-    result = chat.wait_for_end()
-    assert (result["text"], result["dones"], result["errors"]) == (words, [], [{"error": reply["error"]}])
