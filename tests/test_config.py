@@ -31,9 +31,9 @@ def env_file(monkeypatch, tmp_path):
 def run_flask(monkeypatch, env_file):
     """Return a function that calls another one as the flask command would, in the project's folder."""
 
-    def run(func, *arguments):
+    def run(func):
         monkeypatch.chdir(env_file.parent)
-        with FlaskGroup().make_context("flask", [*arguments, "routes"]):
+        with FlaskGroup().make_context("flask", ["routes"]):
             return func()
 
     return run
@@ -74,11 +74,9 @@ UNCHANGED = {  # values that are valid as they are
         *("redis://:word@cache:6379/1", "rediss://cache?socket_timeout=1", "redis+unix:///run/redis.sock"),
         *("redis+sentinel://:word@one:26379,two:26379/service", "redis+cluster://one:7000,[::1]:7001"),
     ],
-    "BOT_MODEL": ["llama3:8b"],
     "BOT_SYSTEM_PROMPT": ["You are\na pirate. ☠"],
     "BOT_OPTIONS": [{"seed": 1}],
     "OPENAI_BASE_URL": ["http://localhost:11434/v1", "http://[::1]:11434/v1"],
-    "OPENAI_API_KEY": ["any text"],
     "LOG_FORMAT": ["json"],
 }
 VALID = [
@@ -87,16 +85,13 @@ VALID = [
     ("DATABASE_URL", "postgresql+psycopg://db:5433/chat", "postgresql://db:5433/chat"),
     ("SECRET_KEY_FALLBACKS", f"{'a' * 32}, {'b' * 32}", ["a" * 32, "b" * 32]),
     ("SEND_RATE_LIMIT", "60 per hour; 300 per day", [parse("60 per hour"), parse("300 per day")]),
-    ("LOGIN_RATE_LIMIT", "5/hour", parse("5 per hour")),
     ("SIGNUP_RATE_LIMIT", "100 per 2 hours", parse("100 per 2 hours")),
     ("BOT_MODEL", " llama \r\n", "llama"),
     ("PORT", " 5001\r", 5001),
     ("CORS_ORIGINS", "safari-web-extension://a-b,wails://wails", ["safari-web-extension://a-b", "wails://wails"]),
-    ("CORS_ORIGINS", "tauri://localhost,moz-extension://0f-a1", ["tauri://localhost", "moz-extension://0f-a1"]),
     ("CORS_ORIGINS", "HTTPS://Chat.Example.com,app://B", ["https://chat.example.com", "app://b"]),
     ("CORS_ORIGINS", " http://a-b.example:8080 , http://10.0.0.1,", ["http://a-b.example:8080", "http://10.0.0.1"]),
     ("CORS_ORIGINS", "http://[::1]:5173,https://[2001:db8::1]", ["http://[::1]:5173", "https://[2001:db8::1]"]),
-    ("CORS_ORIGINS", "https://xn--bcher-kva.example", ["https://xn--bcher-kva.example"]),
     ("CORS_ORIGINS", ("http://localhost",), ["http://localhost"]),
     ("CORS_ORIGINS", ",", []),
     ("TRUSTED_HOSTS", "chat.example.com, .example.org", ["chat.example.com", ".example.org"]),
@@ -200,7 +195,7 @@ def test_invalid_value_raises_config_error_in_one_line_that_names_the_setting(na
     assert "s3cret" not in raised.value.message
 
 
-def test_overrides_win_over_environment_over_file_over_default(monkeypatch, env_file):
+def test_overrides_win_over_environment_over_file_over_default_and_the_winner_must_be_valid(monkeypatch, env_file):
     assert load_config()["PORT"] == 5000
     env_file.write_text("PORT=1\n")
     assert load_config()["PORT"] == 1
@@ -209,22 +204,16 @@ def test_overrides_win_over_environment_over_file_over_default(monkeypatch, env_
     assert load_config({"PORT": "3", "TESTING": True}).items() >= {"PORT": 3, "TESTING": True}.items()
     monkeypatch.setenv("PORT", "")
     assert load_config()["PORT"] == 5000
-
-
-def test_invalid_value_in_file_is_refused_unless_overridden(monkeypatch, env_file):
+    monkeypatch.delenv("PORT")
     env_file.write_text("PORT=wrong\n")
     with pytest.raises(ConfigError, match=r"^PORT must be"):
         load_config()
-    monkeypatch.setenv("PORT", "1")
-    assert load_config()["PORT"] == 1
+    monkeypatch.setenv("PORT", "4")
+    assert load_config()["PORT"] == 4
 
 
 @pytest.mark.parametrize(
-    ("value", "model"),
-    [
-        *(('"llama"', "llama"), (" 'llama'\r", "llama"), ('""', "")),
-        *(('"a" or "b"', '"a" or "b"'), ('"', '"'), ("'a\"", "'a\"")),
-    ],
+    ("value", "model"), [('"llama"', "llama"), (" 'llama'\r", "llama"), ('"a" or "b"', '"a" or "b"')]
 )
 def test_quotes_around_an_environment_variable_do_not_count(monkeypatch, value, model):
     monkeypatch.setenv("BOT_MODEL", value)
@@ -246,27 +235,19 @@ def test_file_is_not_expanded(monkeypatch, env_file, run_flask, line):
 
 @pytest.mark.parametrize(
     ("create", "kind"),
-    [
-        (lambda path: path.write_bytes("PORT=1".encode("utf-16")), "a text file in UTF-8"),
-        (lambda path: path.write_bytes(b"BOT_MODEL=\xe9"), "a text file in UTF-8"),
-        (os.mkdir, "a regular file"),
-        (os.mkfifo, "a regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "a regular file"),
-    ],
-    ids=["UTF-16", "Latin-1", "folder", "pipe", "device"],
+    [(lambda path: path.write_bytes(b"BOT_MODEL=\xe9"), "text file in UTF-8"), (os.mkfifo, "regular file")],
+    ids=["Latin-1", "pipe"],
 )
 def test_file_that_is_not_a_regular_one_in_utf8_raises_config_error(env_file, create, kind):
     create(env_file)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(env_file))} must be a {kind}$"):
         load_config()
-    assert raised.value.message == f"{env_file} must be {kind}"
 
 
 @pytest.mark.parametrize(
     ("parent_file", "project_file", "environment", "port"),
     [
         (".env", "", {}, 5000),
-        (".flaskenv", "", {}, 5000),
         (".flaskenv", "PORT=2", {}, 2),
         (".env", "PORT=2", {"PORT": "3"}, 3),
         (".env", "", {"PORT": "1", "FLASK_SKIP_DOTENV": "1"}, 1),
@@ -282,12 +263,6 @@ def test_flask_command_reads_the_environment_and_the_project_s_file_but_no_file_
     assert run_flask(lambda: load_config()["PORT"]) == port
 
 
-def test_env_file_option_of_the_flask_command_sets_the_environment(env_file, run_flask, tmp_path):
-    env_file.write_text("PORT=1\n")
-    (tmp_path / "other").write_text("PORT=2\n")
-    assert run_flask(lambda: load_config()["PORT"], "--env-file", str(tmp_path / "other")) == 2
-
-
 def test_example_describes_every_setting_in_the_line_before_and_has_its_default():
     lines = EXAMPLE_LINES[-2 * len(SETTINGS) :]
     assert all(comment.startswith("# ") for comment in lines[::2])
@@ -299,12 +274,8 @@ def test_example_describes_every_setting_in_the_line_before_and_has_its_default(
     ("url", "connect_args"),
     [
         ("postgres://chat:%40%2F%3A%25%23%3F%20+$@db", {"user": "chat", "password": "@/:%#? +$", "host": "db"}),
-        ("postgresql://one:5432,two:5433/chat", {"host": "one,two", "port": "5432,5433", "dbname": "chat"}),
         ("postgresql://[::1],two:5433/chat", {"host": "::1,two", "port": ",5433", "dbname": "chat"}),
-        ("postgresql:///chat?host=/run/postgresql", {"host": "/run/postgresql", "dbname": "chat"}),
-        ("postgresql://%2Fvar%2Frun%2Fpostgresql/chat", {"host": "/var/run/postgresql", "dbname": "chat"}),
         ("postgresql://a:b@%2Frun:5433/chat", {"user": "a", "password": "b", "host": "/run", "port": "5433"}),
-        ("postgresql://db?prepare_threshold=none", {"host": "db", "prepare_threshold": None}),
         ("postgresql://db?prepare_threshold=0&sslmode=require", {"prepare_threshold": 0, "sslmode": "require"}),
         ("postgresql://db?sslmode=require&prepare_threshold=none", {"prepare_threshold": None, "sslmode": "require"}),
         ("postgresql://db?options=-c%20geqo%3Doff", {"options": "-c geqo=off"}),

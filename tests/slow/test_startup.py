@@ -135,10 +135,8 @@ def test_run_passes_arguments_to_gunicorn(serve):
     [
         ("--help", 0, r"(?s)usage: .*--bind"),
         ("--unknown", 2, "unrecognized arguments: --unknown"),
-        ("--limit-request-fields=-1", 1, "Value must be positive: -1"),
         ("--bind=localhost:http", 1, "'http' is not a valid port number"),
         ("--certfile=/nowhere", 1, r"Error: --certfile /nowhere with --keyfile None cannot be used: .*No such file"),
-        ("--certfile=/dev/null", 1, r"Error: --certfile /dev/null .+"),
         ("other:app", 2, "unrecognized arguments: other:app"),
     ],
 )
@@ -166,25 +164,17 @@ def test_every_line_of_the_server_is_an_object_with_log_format_json(serve):
 
 
 def test_session_works_on_every_worker_and_on_its_replacement(serve):
-    server = serve(WEB_CONCURRENCY=3)
-    workers = server.all_workers(3)
+    server = serve(WEB_CONCURRENCY=2)
     with server.create_logged_in_client("ada") as ada:
-        check_session_on_each_worker(workers, server, ada)
-        os.kill(workers[0], signal.SIGKILL)
-        wait_until(lambda: workers[0] not in server.workers())
-        check_session_on_each_worker(server.all_workers(3), server, ada)
-
-
-def check_session_on_each_worker(workers, server, client):
-    """Assert that a session works on each worker, while the others are stopped."""
-    for worker in workers:
-        for other in {*workers} - {worker}:
-            os.kill(other, signal.SIGSTOP)
-        with server.other_client(client) as other_client:
-            assert other_client.is_logged_in()
-            assert other_client.get("/api/users/status").json["users"][0]["status"] == "Online"
-        for other in {*workers} - {worker}:
-            os.kill(other, signal.SIGCONT)
+        for _ in range(2):
+            for stopped in server.all_workers(2):
+                os.kill(stopped, signal.SIGSTOP)
+                with server.other_client(ada) as client:
+                    assert client.get("/api/users/status").json["users"][0]["status"] == "Online"
+                    assert client.is_logged_in()
+                os.kill(stopped, signal.SIGCONT)
+            os.kill(stopped, signal.SIGKILL)
+            wait_until(lambda killed=stopped: killed not in server.workers())
 
 
 def test_run_with_certificate_sends_secure_cookies(serve, tmp_path):
@@ -237,13 +227,6 @@ def test_unusable_setting_or_file_stops_the_program_with_its_name(clone, origins
     assert process.stdout == ""
 
 
-def test_flask_help_with_invalid_setting_shows_one_line_and_the_help():
-    process = run_python("-m", "flask", "--help", PORT="wrong")
-    assert process.returncode == 0
-    assert re.fullmatch(r"Error: PORT must .+\n\n", process.stderr)
-    assert "Commands:" in process.stdout
-
-
 @pytest.mark.parametrize("command", ["-c 'import run'", "-m gunicorn --bind 127.0.0.1:0 run:app"])
 def test_other_server_without_what_its_processes_share_does_not_start(command):
     for settings, name in (({}, "SECRET_KEY"), ({"SECRET_KEY": "x" * 32}, "SESSIONS_VALID_FROM")):
@@ -255,9 +238,7 @@ def test_other_server_without_what_its_processes_share_does_not_start(command):
 @pytest.mark.parametrize(
     "url",
     [
-        "sqlite:////nowhere/chat.db",
-        "sqlite:///{notes}",
-        "postgres://chat:s3cret@nowhere.invalid/chat",
+        *("sqlite:////nowhere/chat.db", "sqlite:///{notes}", "postgres://chat:s3cret@nowhere.invalid/chat"),
         "postgres://chat:s3cret@127.0.0.1:{port},127.0.0.2:{port}/chat",
     ],
 )
@@ -301,10 +282,8 @@ def test_run_waits_for_the_database_server_up_to_database_wait():
 @needs_postgresql
 def test_run_serves_as_soon_as_the_database_is_available(missing_database):
     url, create = missing_database
-    environ = {**os.environ, "DATABASE_URL": url, "DATABASE_WAIT": str(TIMEOUT), "PORT": "0"}
-    with subprocess.Popen(
-        [sys.executable, "run.py"], cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = ["env", f"DATABASE_URL={url}", f"DATABASE_WAIT={TIMEOUT}", "PORT=0", sys.executable, "run.py"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert any("Waiting up to" in line for line in process.stderr)
             create()
