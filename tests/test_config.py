@@ -90,6 +90,8 @@ VALID = [
     ("PORT", " 5001\r", 5001),
     ("CORS_ORIGINS", "safari-web-extension://a-b,wails://wails", ["safari-web-extension://a-b", "wails://wails"]),
     ("CORS_ORIGINS", "HTTPS://Chat.Example.com,app://B", ["https://chat.example.com", "app://b"]),
+    ("CORS_ORIGINS", "tauri://localhost,capacitor://localhost", ["tauri://localhost", "capacitor://localhost"]),
+    ("CORS_ORIGINS", "chrome-extension://ab,moz-extension://0a-b", ["chrome-extension://ab", "moz-extension://0a-b"]),
     ("CORS_ORIGINS", " http://a-b.example:8080 , http://10.0.0.1,", ["http://a-b.example:8080", "http://10.0.0.1"]),
     ("CORS_ORIGINS", "http://[::1]:5173,https://[2001:db8::1]", ["http://[::1]:5173", "https://[2001:db8::1]"]),
     ("CORS_ORIGINS", ("http://localhost",), ["http://localhost"]),

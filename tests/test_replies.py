@@ -373,16 +373,6 @@ def test_deletion_just_before_end_of_reply_leaves_nothing(app, ada, bot, convers
     assert count_messages(app) == 0
 
 
-def test_replies_leave_no_thread_behind(ada, bot, conversation_id):
-    threads = set(threading.enumerate())
-    bot.scripts = {"cut": ["One ", BotError("cut")], "bug": [ZeroDivisionError("a bug")]}
-    for text in ("Hello", "cut", "bug"):
-        with ada.send_message(conversation_id, text, headers=STREAM, buffered=False):
-            """Close the stream without reading it."""
-        ada.send_message(conversation_id, text, headers=ASYNC)
-    wait_until(lambda: set(threading.enumerate()) <= threads)
-
-
 CALLS_THAT_WAIT = {
     "send": lambda client, *ids: client.send_message(ids[0]),
     "send as stream": lambda client, *ids: client.send_message(ids[0], headers=STREAM),
