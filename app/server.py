@@ -7,7 +7,6 @@ import sys
 from functools import partial
 
 import gevent
-from flask.logging import default_handler
 from gunicorn import glogging
 from gunicorn.app.base import Application
 from gunicorn.sock import ssl_context
@@ -119,19 +118,12 @@ class Server(Application):
             "ssl_context": create_ssl_context,
             "on_starting": lambda arbiter: prepare(self.app, arbiter.cfg),
             "pre_fork": lambda arbiter, worker: gc.freeze(),  # collections would copy what the workers share
-            "post_worker_init": keep_log_stream,
             "on_exit": lambda arbiter: close_database(self.app),
         }
 
     def load(self):
         """Return the WSGI application."""
         return self.app
-
-
-def keep_log_stream(worker):
-    """Let the log write to stderr, unless gunicorn's log is a file; to ask each request takes a tenth of /api/test."""
-    if worker.cfg.errorlog == "-":
-        default_handler.setStream(sys.stderr)
 
 
 def create_ssl_context(cfg, default_factory):
