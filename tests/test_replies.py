@@ -4,15 +4,19 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 
 import psycopg
 import pytest
 from flask import abort
+from sqlalchemy import insert
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError
 
 from app import db
 from app.bot import BotBusy, BotError, BotMessageTooLong, BotTimeout, BotTruncated
+from app.models import Message
 from tests.conftest import (
     PASSWORD,
     SERVER_URL,
@@ -46,6 +50,7 @@ from tests.helpers.data import (
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 STOPPED = "The server was stopped"
+SECRET = "what the bot looked for"
 SILENT = [lambda: time.sleep(0.05), ""] * 1200  # steps of a bot that says nothing for long, and can be stopped
 
 
@@ -298,6 +303,17 @@ def test_failure_is_logged_once_with_request_id_and_a_traceback_if_it_is_a_bug(
     assert ("Traceback" in caplog.text) == isinstance(error, ZeroDivisionError)
 
 
+def test_database_error_of_a_bot_is_logged_without_its_text(app, ada, bot, conversation_id, caplog):
+    def query():
+        with app.app_context():
+            db.session.execute(db.select(db.literal(SECRET)).select_from(db.text("missing")))
+
+    bot.steps = [query]
+    assert ada.send_message(conversation_id).status_code == 503
+    wait_until(lambda: "The reply failed" in caplog.text)
+    assert SECRET not in caplog.text
+
+
 @pytest.mark.parametrize(("text", "status"), [("One ", 201), ("", 504)])
 def test_reply_ends_after_bot_max_seconds(make_app, bot, text, status):
     client = create_logged_in_client(make_app(bot, BOT_MAX_SECONDS=1), "ada")
@@ -494,6 +510,28 @@ def test_process_that_was_taken_for_dead_loses_its_reply(app, ada, bot, conversa
     assert ada.list_messages(conversation_id) == messages
 
 
+@on_sqlite
+def test_read_succeeds_if_abandoned_replies_cannot_be_ended_now(
+    app, ada, conversation_id, database, other_process, monkeypatch
+):
+    monkeypatch.setattr("app.database.SQLITE_LOCK_TIMEOUT", 0)
+    _, reply_id = add_abandoned_exchange(app, conversation_id)
+    with database_unavailable(database):
+        assert other_process.get_message(conversation_id, reply_id).json["text"] == "One "
+
+
+def test_shutdown_stores_replies_in_progress_as_failed(app, ada, bot, gate, conversation_id):
+    bot.scripts = {"silent": [gate.wait]}
+    bot.steps = ["One ", gate.wait, "two"]
+    silent = start_reply(ada, conversation_id, "silent")
+    with sending(ada, conversation_id, "One ") as response:
+        app.extensions["replies"].shutdown(timeout=0)
+    messages = ada.list_messages(conversation_id)
+    assert messages[:2] == [silent[0], {**silent[1], "status": "failed", "error": STOPPED}]
+    assert get_answer(response.result()) == (201, messages[2:])
+    assert (messages[3]["text"], messages[3]["status"], messages[3]["error"]) == ("One ", "failed", STOPPED)
+
+
 def test_shutdown_waits_for_replies_in_progress(app, ada, bot, gate, conversation_id):
     bot.steps = ["One ", gate.wait, "two"]
     _, reply = start_reply(ada, conversation_id)
@@ -508,23 +546,29 @@ def test_shutdown_waits_for_replies_in_progress(app, ada, bot, gate, conversatio
 # Limits
 
 
-def test_one_reply_in_progress_more_than_max_concurrent_replies_returns_429(make_app, bot):
+def test_one_reply_more_than_max_concurrent_replies_returns_429(make_app, bot):
     app = make_app(bot, MAX_CONCURRENT_REPLIES=2)
     ada, bob = create_logged_in_client(app, "ada"), create_logged_in_client(app, "bob")
     conversation_id = ada.create_conversation()
     question, _ = ada.send_message(conversation_id, "complete").json
-    bot.scripts = {"down": [BotError("down")], "bug": ["One ", ZeroDivisionError()], "slow": ["One ", *SILENT]}
-    for text in ("down", "bug"):
-        ada.send_message(conversation_id, text)
+    bot.scripts = {"slow": ["One ", *SILENT]}
     slow = [start_reply(ada, conversation_id, "slow") for _ in range(2)]
     responses = [ada.send_message(conversation_id, headers=headers) for headers in WAYS.values()]
     for response in (*responses, ada.edit_message(conversation_id, question["id"], "Edited")):
         assert (response.status_code, list(response.json)) == (429, ["error"])
         assert int(response.headers["Retry-After"]) > 0
-    assert get_texts(ada.list_messages(conversation_id))[::2] == ["complete", "down", "bug", "slow", "slow"]
+    assert get_texts(ada.list_messages(conversation_id))[::2] == ["complete", "slow", "slow"]
     assert bob.send_message(bob.create_conversation()).status_code == 201
     ada.stop_reply(conversation_id, slow[0][1]["id"])
     assert ada.send_message(conversation_id).status_code == 201
+
+
+@pytest.mark.parametrize("steps", [["One"], [BotError("down")], ["One ", ZeroDivisionError("a bug")]])
+def test_reply_that_is_over_does_not_count_for_max_concurrent_replies(make_app, bot, steps):
+    client = create_logged_in_client(make_app(bot, MAX_CONCURRENT_REPLIES=1), "ada")
+    conversation_id = client.create_conversation()
+    bot.steps = steps
+    assert 429 not in {client.send_message(conversation_id).status_code for _ in range(3)}
 
 
 # The database
@@ -584,3 +628,25 @@ def test_follower_is_told_when_end_of_reply_cannot_be_stored(
     else:
         assert read_events(response)[-1] == ("error", unavailable, None)
     assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sender": "tool"},
+        {"sender": "bot", "status": "unknown"},
+        {"sender": "bot", "status": None},
+        {"sender": "bot", "status": "in_progress"},
+        {"sender": "bot", "heartbeat_at": NOW},
+        {"status": "in_progress", "heartbeat_at": NOW},
+        {"conversation_id": 999},
+        {"parent_id": 999},
+    ],
+)
+def test_database_refuses_invalid_message(app, conversation_id, values):
+    row = {"conversation_id": conversation_id, "sender": "user", "text": "", "created_at": NOW, **values}
+    with app.app_context(), db.engine.begin() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert(Message.__table__).values(row))
