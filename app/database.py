@@ -157,6 +157,14 @@ class contains(Template):
     postgresql = """(strpos(translate(lower(upper(normalize({0}, NFC) COLLATE "und-x-icu")), 'ς', 'σ'), {1}) > 0)"""
 
 
+class json_elements(Template):
+    """`json_elements(text).table_valued("value")` is a table of the elements of a JSON array."""
+
+    inherit_cache = True
+    sqlite = "json_each({0})"
+    postgresql = "json_array_elements(CAST({0} AS json))"
+
+
 def fold_case(value):
     """Return a text as searches compare it, in NFC and without differences of case: what contains() does in SQL."""
     if value.isascii():

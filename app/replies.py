@@ -378,7 +378,7 @@ class ReplyManager:
             if len(text) == reply.saved_length and now - reply.saved_at <= HEARTBEAT_INTERVAL:
                 del texts[reply]
         if texts:
-            update_texts({reply.id: text for reply, text in texts.items()})
+            update_texts([(reply.id, text) for reply, text in texts.items()])
         for reply, text in texts.items():
             reply.saved_length, reply.saved_at = len(text), now
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import bindparam, case, func, insert, select, update
+import orjson
+from sqlalchemy import BigInteger, bindparam, case, cast, func, insert, literal_column, select, update
 
 from app import db
-from app.database import autocommit, database_now
+from app.database import autocommit, database_now, json_elements
 from app.models.conversation import Conversation
 from app.models.message import Message, message_to_dict
 from app.validation import is_blank
@@ -43,13 +44,13 @@ SELECT_HISTORY = (
     .order_by(messages.c.id.desc())
     .limit(MAX_HISTORY_MESSAGES)
 )
-IS_IN_PROGRESS = (messages.c.id == bindparam("reply_id")) & (messages.c.status == "in_progress")
-UPDATE_TEXT = update(messages).where(IS_IN_PROGRESS).values(text=bindparam("new_text"), heartbeat_at=database_now())
-UPDATE_END = (
-    update(messages)
-    .where(IS_IN_PROGRESS)
-    .values(text=bindparam("new_text"), status=bindparam("new_status"), error=bindparam("new_error"), heartbeat_at=None)
-)
+# Replies are saved by one UPDATE, from rows (id, text, status, error) as one JSON text: under load, a greenlet waits long
+# for each of the database's answers, and an UPDATE for each of 130 replies took 5 s.
+ROWS = json_elements(bindparam("rows")).table_valued("value", name="rows")
+ID, TEXT, STATUS, ERROR = (ROWS.c.value.op("->>")(literal_column(str(index))) for index in range(4))
+UPDATE_REPLIES = update(messages).where(messages.c.id == cast(ID, BigInteger), messages.c.status == "in_progress")
+UPDATE_TEXTS = UPDATE_REPLIES.values(text=TEXT, heartbeat_at=database_now())
+UPDATE_ENDS = UPDATE_REPLIES.values(text=TEXT, status=STATUS, error=ERROR, heartbeat_at=None)
 
 
 @dataclass
@@ -150,9 +151,9 @@ def insert_message(statement, conversation_id, sender, text, status="complete", 
     return message_to_dict(id, sender, text, now, status)
 
 
-def update_texts(texts):
-    """Save the texts, by id, of replies in progress, with a heartbeat; commit."""
-    db.session.execute(UPDATE_TEXT, [{"reply_id": id, "new_text": text} for id, text in sorted(texts.items())])
+def update_texts(rows):
+    """Save the texts of replies in progress, rows of (id, text), with a heartbeat; commit."""
+    db.session.execute(UPDATE_TEXTS, {"rows": orjson.dumps(sorted(rows)).decode()})
     db.session.commit()
 
 
@@ -161,8 +162,7 @@ def update_ends(rows):
 
     Those that were not, because another process ended or deleted them, are left as they are.
     """
-    values = [dict(zip(("reply_id", "new_text", "new_status", "new_error"), row, strict=True)) for row in sorted(rows)]
-    count = db.session.execute(UPDATE_END, values).rowcount
+    count = db.session.execute(UPDATE_ENDS, {"rows": orjson.dumps(sorted(rows)).decode()}).rowcount
     db.session.commit()
     return count == len(rows)
 
