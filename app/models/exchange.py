@@ -44,8 +44,8 @@ SELECT_HISTORY = (
     .order_by(messages.c.id.desc())
     .limit(MAX_HISTORY_MESSAGES)
 )
-# Replies are saved by one UPDATE, from rows (id, text, status, error) as one JSON text: under load, a greenlet waits for
-# its turn at each answer of the database, and an UPDATE for each of 130 replies took 5 s.
+# Replies are saved by one UPDATE, from rows (id, text, status, error) as one JSON text: a busy worker waits for its
+# turn at each answer of the database, and an UPDATE for each of 130 replies took 5 s.
 ROWS = json_elements(bindparam("rows")).table_valued("value", name="rows")
 ID, TEXT, STATUS, ERROR = (ROWS.c.value.op("->>")(literal_column(str(index))) for index in range(4))
 UPDATE_REPLIES = update(messages).where(messages.c.id == cast(ID, BigInteger), messages.c.status == "in_progress")
