@@ -157,12 +157,12 @@ class contains(Template):
     postgresql = """(strpos(translate(lower(upper(normalize({0}, NFC) COLLATE "und-x-icu")), 'ς', 'σ'), {1}) > 0)"""
 
 
-class json_elements(Template):
-    """`json_elements(text).table_valued("value")` is a table of the elements of a JSON array."""
+class json_each(Template):
+    """`json_each(text).table_valued("key", "value")` is a table of the names and texts of a JSON object."""
 
     inherit_cache = True
     sqlite = "json_each({0})"
-    postgresql = "json_array_elements(CAST({0} AS json))"
+    postgresql = "json_each_text(CAST({0} AS json))"
 
 
 def fold_case(value):

@@ -378,14 +378,13 @@ class ReplyManager:
             if len(text) == reply.saved_length and now - reply.saved_at <= HEARTBEAT_INTERVAL:
                 del texts[reply]
         if texts:
-            update_texts([(reply.id, text) for reply, text in texts.items()])
+            update_texts({reply.id: text for reply, text in texts.items()})
         for reply, text in texts.items():
             reply.saved_length, reply.saved_at = len(text), now
 
     def store_ended(self, replies):
         """Store how replies ended, and tell their followers. What another process has stored before stays."""
-        rows = [(reply.id, reply.text, *reply.get_end()) for reply in replies]
-        if not update_ends(rows):
+        if not update_ends({reply.id: (reply.text, *reply.get_end()) for reply in replies}):
             stored = read_replies([reply.id for reply in replies])
             for reply in replies:
                 reply.adopt_stored_end(stored.get(reply.id))

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import orjson
-from sqlalchemy import BigInteger, bindparam, case, cast, func, insert, literal_column, select, update
+from sqlalchemy import BigInteger, bindparam, case, cast, func, insert, select, update
 
 from app import db
-from app.database import autocommit, database_now, json_elements
+from app.database import autocommit, database_now, json_each
 from app.models.conversation import Conversation
 from app.models.message import Message, message_to_dict
 from app.validation import is_blank
@@ -44,13 +44,16 @@ SELECT_HISTORY = (
     .order_by(messages.c.id.desc())
     .limit(MAX_HISTORY_MESSAGES)
 )
-# Replies are saved by one UPDATE, from rows (id, text, status, error) as one JSON text: a busy worker waits for its
-# turn at each answer of the database, and an UPDATE for each of 130 replies took 5 s.
-ROWS = json_elements(bindparam("rows")).table_valued("value", name="rows")
-ID, TEXT, STATUS, ERROR = (ROWS.c.value.op("->>")(literal_column(str(index))) for index in range(4))
-UPDATE_REPLIES = update(messages).where(messages.c.id == cast(ID, BigInteger), messages.c.status == "in_progress")
-UPDATE_TEXTS = UPDATE_REPLIES.values(text=TEXT, heartbeat_at=database_now())
-UPDATE_ENDS = UPDATE_REPLIES.values(text=TEXT, status=STATUS, error=ERROR, heartbeat_at=None)
+# One UPDATE saves the texts of many replies, a JSON object of them by id: on a busy machine, an UPDATE for each of 130
+# replies took 5 s, as the thread waits for its turn after each.
+TEXTS = json_each(bindparam("texts")).table_valued("key", "value", name="texts")
+UPDATE_REPLIES = (
+    update(messages)
+    .where(messages.c.id == cast(TEXTS.c.key, BigInteger), messages.c.status == "in_progress")
+    .values(text=TEXTS.c.value)
+)
+UPDATE_TEXTS = UPDATE_REPLIES.values(heartbeat_at=database_now())
+UPDATE_ENDS = UPDATE_REPLIES.values(status=bindparam("new_status"), error=bindparam("new_error"), heartbeat_at=None)
 
 
 @dataclass
@@ -151,20 +154,29 @@ def insert_message(statement, conversation_id, sender, text, status="complete", 
     return message_to_dict(id, sender, text, now, status)
 
 
-def update_texts(rows):
-    """Save the texts of replies in progress, rows of (id, text), with a heartbeat; commit."""
-    db.session.execute(UPDATE_TEXTS, {"rows": orjson.dumps(sorted(rows)).decode()})
+def update_texts(texts):
+    """Save the texts, by id, of replies in progress, with a heartbeat; commit."""
+    update_replies(UPDATE_TEXTS, texts)
     db.session.commit()
 
 
-def update_ends(rows):
-    """Save how replies ended: rows of (id, text, status, error); commit; return whether all of them were in progress.
+def update_ends(ends):
+    """Save how replies ended, (text, status, error) by id; commit; return whether all of them were in progress.
 
     Those that were not, because another process ended or deleted them, are left as they are.
     """
-    count = db.session.execute(UPDATE_ENDS, {"rows": orjson.dumps(sorted(rows)).decode()}).rowcount
+    count = 0
+    for status, error in {end[1:] for end in ends.values()}:
+        texts = {id: end[0] for id, end in ends.items() if end[1:] == (status, error)}
+        count += update_replies(UPDATE_ENDS, texts, new_status=status, new_error=error)
     db.session.commit()
-    return count == len(rows)
+    return count == len(ends)
+
+
+def update_replies(statement, texts, **values):
+    """Update the replies in progress that have these ids, in their order; return their number."""
+    texts = orjson.dumps(dict(sorted(texts.items())), option=orjson.OPT_NON_STR_KEYS).decode()
+    return db.session.execute(statement, {"texts": texts, **values}).rowcount
 
 
 def read_replies(ids):
