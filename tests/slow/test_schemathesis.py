@@ -33,6 +33,7 @@ checks.response_schema_conformance.enabled = false
 # not deleted; a 401 after a logout makes schemathesis log in again.
 HOOKS = """
 import os
+from urllib.parse import urlencode
 
 import requests
 import schemathesis
@@ -65,7 +66,9 @@ def filter_body(context, body):
 
 @schemathesis.hook
 def filter_query(context, query):
-    return not query or "cursor" not in query and is_acceptable(str(query.get("q", "q")))
+    query = query or {}
+    is_short = len(urlencode(query, doseq=True)) < 2000  # gunicorn refuses a request line of 4,094 bytes
+    return is_short and "cursor" not in query and is_acceptable(str(query.get("q", "q")))
 
 
 @schemathesis.hook
