@@ -43,6 +43,9 @@ SELECT_HISTORY = (
     .order_by(messages.c.id.desc())
     .limit(MAX_HISTORY_MESSAGES)
 )
+SELECT_REPLIES = select(messages.c.id, messages.c.text, messages.c.status, messages.c.error).where(
+    messages.c.id.in_(bindparam("ids", expanding=True))
+)
 # One UPDATE saves the texts of many replies, a JSON object of them by id: on a busy machine, an UPDATE for each of 130
 # replies took 5 s, as the thread waits for its turn after each.
 TEXTS = json_each(bindparam("texts")).table_valued("key", "value", name="texts")
@@ -180,9 +183,8 @@ def update_replies(statement, texts, **values):
 
 def read_replies(ids):
     """Return rows (text, status, error) by id of the replies with these ids that exist."""
-    query = select(Message.id, Message.text, Message.status, Message.error).where(Message.id.in_(ids))
     with autocommit(db.engine).connect() as connection:
-        return {row.id: row for row in connection.execute(query)}
+        return {row.id: row for row in connection.execute(SELECT_REPLIES, {"ids": list(ids)})}
 
 
 def list_in_progress(ids):
