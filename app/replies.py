@@ -1,8 +1,8 @@
 """Generating a reply in the background, following it and stopping it.
 
 A reply does not belong to the request that asked for it. A thread for each reply runs the bot and appends its chunks;
-one thread for each process saves all replies as they grow, and stores how they ended. Requests follow a reply of their
-own process by a condition variable, and one of another process by looking at its row.
+one thread for each process saves all replies as they grow, stores how they ended, and reads those of other processes
+that requests follow here. Requests follow a reply by a condition variable.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections import Counter
 from threading import Condition, Event, Lock, Thread
 
 from sqlalchemy.exc import SQLAlchemyError
-from werkzeug.exceptions import HTTPException, NotFound, ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import BadGateway, HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
 from app import db, errors
 from app.bot import BotError, BotTimeout, BotTruncated
@@ -34,16 +34,17 @@ MAX_TITLE_CHARS = 60
 MAX_BLANK_CHARS = 10_000  # before the text
 MAX_ERROR_LENGTH = 255  # of the column
 SAVE_INTERVAL = 1  # seconds at least between two saves of growing replies, and between two attempts to store an end
-POLL_INTERVAL = 0.5  # seconds between two looks at a reply that another process generates
+READ_INTERVAL = 0.5  # seconds between two reads of the replies that other processes generate
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
+DELETED = ("", "deleted")  # what is stored of a reply that was deleted
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 
 
 class Reply:
-    """A reply that this process generates. Any number of threads may follow it."""
+    """A reply in progress, of this process or another one, or one that is over. Any number of threads may follow it."""
 
-    def __init__(self, exchange, request_id):
+    def __init__(self, exchange, request_id=None):
         self.exchange = exchange
         self.id = exchange.reply["id"]
         self.request_id = request_id
@@ -96,13 +97,15 @@ class Reply:
             self.changed.notify_all()
         return True
 
-    def adopt_stored_end(self, row):
-        """Set how another process ended the reply, if it did: `row` is what is stored, None if that was deleted."""
-        text, status, sentence = (row.text, row.status, row.error) if row else ("", "deleted", None)
+    def load(self, text, status, sentence=None):
+        """Set what is stored, if it differs: another process generates the reply, or has ended it."""
         with self.changed:
-            if (text, status) != (self.text, self.status):
+            if not self.stored.is_set() and (text, status) != (self.text, self.status):
                 self.text, self.status = text, status
-                self.error = ServiceUnavailable(sentence, retry_after=errors.RETRY_AFTER) if sentence else None
+                self.error = sentence and to_stored_error(sentence)
+                self.changed.notify_all()
+            if self.is_over:
+                self.stored.set()
 
     def follow(self, offset=0):
         """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
@@ -135,43 +138,11 @@ class Reply:
         return exchange_to_list(self.exchange, self.text, *self.get_end())
 
 
-class StoredReply:
-    """A reply that is over, or that another process generates."""
-
-    error = None  # only the process that generated the reply has the exception
-
-    def __init__(self, exchange, fail_abandoned):
-        self.exchange = exchange
-        self.id = exchange.reply["id"]
-        self.fail_abandoned = fail_abandoned  # the manager's
-
-    def read(self):
-        """Return the row of the reply. Raises NotFound if it was deleted."""
-        rows = read_replies([self.id])
-        if not rows:
-            raise NotFound("Conversation not found")
-        return rows[self.id]
-
-    def follow(self, offset=0):
-        """Yield the text from a character on as it grows, and None after each SILENCE_INTERVAL without text.
-
-        Ends when the reply is over. Raises NotFound if it was deleted.
-        """
-        silent_since = time.monotonic()
-        while True:
-            self.fail_abandoned()  # there may be no other request that does
-            row = self.read()
-            if row.text[offset:] or time.monotonic() - silent_since > SILENCE_INTERVAL:
-                yield row.text[offset:] or None
-                offset, silent_since = max(offset, len(row.text)), time.monotonic()
-            if row.status != "in_progress":
-                return
-            time.sleep(POLL_INTERVAL)
-
-    def to_list(self):
-        """Return the exchange as the API shows it."""
-        row = self.read()
-        return exchange_to_list(self.exchange, row.text, row.status, row.error)
+def to_stored_error(sentence):
+    """Return the HTTPException for the stored error of a reply; what kind of failure it was is not stored."""
+    if sentence == INTERRUPTED:
+        return ServiceUnavailable(sentence, retry_after=errors.RETRY_AFTER)
+    return BadGateway(sentence)
 
 
 def exchange_to_list(exchange, text, status, error=None):
@@ -198,12 +169,13 @@ class ReplyManager:
     def __init__(self, app, bot):
         self.app = app
         self.bot = bot
-        self.replies = {}  # by id, until their end is stored
+        self.replies = {}  # of this process by id, until their end is stored
+        self.others = {}  # of other processes by id, that are followed here
         self.counts = Counter()  # of these and of titles, by user, of this process
         self.lock = Lock()
         self.wakeup = Event()
         self.is_saving = self.is_shutting_down = False
-        self.growth_saved_at = self.checked_at = -math.inf
+        self.growth_saved_at = self.others_read_at = self.checked_at = -math.inf
 
     def start(self, exchange, request_id):
         """Commit the session with a new exchange, and generate its reply; return that. Raises what reserve() does."""
@@ -215,13 +187,17 @@ class ReplyManager:
             self.release(exchange.user_id)
             raise
         reply = Reply(exchange, request_id)  # until it is in the dict, another request finds its row, which is enough
+        self.add(self.replies, reply)
+        Thread(target=self.generate, args=[reply, history], name=f"reply-{reply.id}", daemon=True).start()
+        return reply
+
+    def add(self, replies, reply):
+        """Add a reply to a dict, and start the thread that looks after them; return the one that is in the dict now."""
         with self.lock:
-            self.replies[reply.id] = reply
             if not self.is_saving:
                 self.is_saving = True
                 Thread(target=self.save_in_background, name="replies", daemon=True).start()
-        Thread(target=self.generate, args=[reply, history], name=f"reply-{reply.id}", daemon=True).start()
-        return reply
+            return replies.setdefault(reply.id, reply)
 
     def reserve(self, user_id):
         """Take one of a user's places for replies in progress, and count it for SEND_RATE_LIMIT.
@@ -246,15 +222,20 @@ class ReplyManager:
             self.counts -= Counter([user_id])  # which drops a count of 0
 
     def get(self, exchange):
-        """Return the reply of an exchange: the one that this process generates, or what is stored."""
-        return self.replies.get(exchange.reply["id"]) or StoredReply(exchange, self.fail_abandoned)
+        """Return the reply of an exchange that was read: one of this process, or what is stored, which may grow."""
+        reply = Reply(exchange)
+        reply.load(exchange.reply["text"], exchange.reply.get("status", "complete"), exchange.reply.get("error"))
+        if reply.is_over:
+            return reply
+        return self.replies.get(reply.id) or self.add(self.others, reply)
 
-    def stop(self, exchange):
+    def stop(self, reply):
         """Stop a reply if it is in progress."""
-        if reply := self.replies.get(exchange.reply["id"]):
+        if reply.id in self.replies:
             self.end(reply, "stopped")
-        else:
-            set_stopped(exchange.reply["id"])
+        elif not reply.is_over:
+            set_stopped(reply.id)
+            self.read_others()
 
     def create_title(self, user_id, history, request_id):
         """Return the bot's title for a first exchange, or the beginning of the message. Raises what reserve() does."""
@@ -334,9 +315,10 @@ class ReplyManager:
             self.app.logger.error("The reply failed", exc_info=error, extra=extra)
 
     def save_in_background(self):
-        """Save the replies of this process until there are none for SAVE_INTERVAL."""
-        while self.is_saving:
-            is_woken = self.wakeup.wait(SAVE_INTERVAL)
+        """Save the replies of this process, and read others, until there are none for SAVE_INTERVAL."""
+        is_needed = True
+        while is_needed:
+            is_woken = self.wakeup.wait(READ_INTERVAL if self.others else SAVE_INTERVAL)
             self.wakeup.clear()
             try:
                 with self.app.app_context():
@@ -345,17 +327,20 @@ class ReplyManager:
                 reason = errors.get_reason(error) if errors.database_error_message(error) else format_traceback(error)
                 self.app.logger.error("Replies cannot be saved, trying again: %s", reason)
                 time.sleep(SAVE_INTERVAL)
-            with self.lock:  # in which start() adds a reply
-                self.is_saving = is_woken or bool(self.replies)
+            with self.lock:  # in which add() starts this thread
+                is_needed = self.is_saving = is_woken or bool(self.replies or self.others)
 
     def save(self):
-        """Store the replies that have ended; once in SAVE_INTERVAL, look after those in progress first."""
+        """Store the replies that have ended; at intervals, look after those in progress, and read those of others."""
         if self.replies and time.monotonic() - self.growth_saved_at >= SAVE_INTERVAL:
             self.growth_saved_at = time.monotonic()
             self.end_overdue()
             self.save_growth()
         if ended := [reply for reply in list(self.replies.values()) if reply.is_over]:
             self.store_ended(ended)
+        if time.monotonic() - self.others_read_at >= READ_INTERVAL:
+            self.others_read_at = time.monotonic()
+            self.read_others()
 
     def end_overdue(self):
         """End the replies that take too long, and those that another process has ended or deleted."""
@@ -368,7 +353,7 @@ class ReplyManager:
         ids = list_in_progress([reply.id for reply in replies])
         for reply in replies:
             if reply.id not in ids:
-                self.end(reply, "stopped")  # or what it is, see adopt_stored_end()
+                self.end(reply, "stopped")  # or what it is, see store_ended()
 
     def save_growth(self):
         """Save the replies that have grown, and every HEARTBEAT_INTERVAL those that have not, as a sign of life."""
@@ -384,11 +369,23 @@ class ReplyManager:
 
     def store_ended(self, replies):
         """Store how replies ended, and tell their followers. What another process has stored before stays."""
-        if not update_ends({reply.id: (reply.text, *reply.get_end()) for reply in replies}):
-            stored = read_replies([reply.id for reply in replies])
-            for reply in replies:
-                reply.adopt_stored_end(stored.get(reply.id))
+        is_stored = update_ends({reply.id: (reply.text, *reply.get_end()) for reply in replies})
+        rows = {} if is_stored else read_replies([reply.id for reply in replies])
         for reply in replies:
             del self.replies[reply.id]
             self.release(reply.exchange.user_id)
+            if not is_stored:
+                reply.load(*rows.get(reply.id, DELETED))
             reply.stored.set()
+
+    def read_others(self):
+        """Read the replies of other processes that are followed here."""
+        replies = list(self.others.values())
+        if not replies:
+            return
+        self.fail_abandoned()  # there may be no other request that does
+        rows = read_replies([reply.id for reply in replies])
+        for reply in replies:
+            reply.load(*rows.get(reply.id, DELETED))
+            if reply.is_over:
+                self.others.pop(reply.id, None)

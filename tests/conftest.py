@@ -25,7 +25,7 @@ from tests.helpers.bots import Gate, ScriptedBot
 from tests.helpers.server import Server, run_all, wait_until
 
 # Tests do not wait for what another process saves, or requests, as long as users do.
-replies.SAVE_INTERVAL, replies.POLL_INTERVAL = 0.2, 0.1
+replies.SAVE_INTERVAL, replies.READ_INTERVAL = 0.2, 0.1
 
 PASSWORD = "correct horse"
 CHEAP_HASH = "pbkdf2:sha256:1"

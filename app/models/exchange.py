@@ -182,9 +182,9 @@ def update_replies(statement, texts, **values):
 
 
 def read_replies(ids):
-    """Return rows (text, status, error) by id of the replies with these ids that exist."""
+    """Return (text, status, error) by id of the replies with these ids that exist."""
     with autocommit(db.engine).connect() as connection:
-        return {row.id: row for row in connection.execute(SELECT_REPLIES, {"ids": list(ids)})}
+        return {id: values for id, *values in connection.execute(SELECT_REPLIES, {"ids": ids})}
 
 
 def list_in_progress(ids):

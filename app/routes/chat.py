@@ -13,7 +13,7 @@ from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from werkzeug.exceptions import BadGateway, HTTPException
+from werkzeug.exceptions import HTTPException
 
 from app import db
 from app.database import MAX_ID, fold_case
@@ -411,8 +411,8 @@ def stop_reply(conversation_id, message_id):
     """Stop a reply, if it is in progress, and return it as stored."""
     exchange = get_exchange_or_404(conversation_id, message_id)
     replies = current_app.extensions["replies"]
-    reply = replies.get(exchange)  # before stop(), which may remove it
-    replies.stop(exchange)
+    reply = replies.get(exchange)
+    replies.stop(reply)
     db.session.close()  # holds no connection while the end is stored
     wait_for(reply)
     return reply.to_list()[1]
@@ -473,7 +473,7 @@ def get_ended_exchange(reply):
     """Return the exchange of a reply that is over; raise the error of one that failed without a text."""
     question, answer = reply.to_list()
     if answer.get("status") == "failed" and not answer["text"]:
-        raise reply.error or BadGateway(answer["error"])  # another process does not know the status of the error
+        raise reply.error
     return [question, answer]
 
 
