@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app import db
-from app.bot import simulated_bot
+from app.bot import BotError, simulated_bot
 from app.database import database_now, format_timestamp
 from app.errors import database_error_message, get_reason
 from app.models import Conversation, Message, User
@@ -189,6 +189,7 @@ def create_conversation(name, texts, last_status="complete"):
         message.parent = parent
     if messages:
         messages[-1].status = last_status
+        messages[-1].error = BotError.sentence if last_status == "failed" else None
         messages[-1].heartbeat_at = database_now() if last_status == "in_progress" else None
     return Conversation(name=name, messages=messages)
 

@@ -199,8 +199,9 @@ def test_demo_adds_users_with_conversations_in_every_status_to_continue(app):
     assert [] in conversations
     for messages in conversations:
         assert [message["sender"] for message in messages] == ["user", "bot"] * (len(messages) // 2)
-    statuses = {message.get("status") for messages in conversations for message in messages}
-    assert statuses == {None, "failed", "stopped", "truncated", "in_progress"}
+    ends = {(message.get("status"), message.get("error")) for messages in conversations for message in messages}
+    errors = {None: None, "failed": "The bot failed to answer", "stopped": None, "truncated": None, "in_progress": None}
+    assert ends == set(errors.items())
     [first, *_] = clients[0].list_conversations()
     exchange = clients[0].send_message(first["id"], "Is it still you?").json
     assert clients[0].list_messages(first["id"]) == first["messages"] + exchange

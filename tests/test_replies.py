@@ -46,6 +46,7 @@ from tests.helpers.data import (
     get_answer,
     get_texts,
 )
+from tests.helpers.queries import record_queries
 from tests.helpers.server import TIMEOUT, run_concurrently, run_in_background, wait_until
 
 STOPPED = "The server was stopped"
@@ -471,6 +472,19 @@ def test_reply_of_killed_process_is_failed(app, ada, conversation_id, other_proc
     assert response.status_code == 200
     assert f'"status":"failed","error":"{STOPPED}"' in response.text.replace(": ", ":").replace(", ", ",")
     assert '"One "' in response.text
+
+
+def test_twenty_followers_at_another_process_need_no_more_queries_than_one(app, ada, bot, gate, other_process):
+    bot.steps = ["One ", gate.wait]
+    exchanges = [(id, start_reply(ada, id)[1]["id"]) for id in (ada.create_conversation() for _ in range(20))]
+    counts = []
+    for followed in (exchanges[:1], exchanges):
+        for exchange in followed:
+            create_other_client(other_process).follow_reply(*exchange, buffered=False)
+        with record_queries(other_process.application) as queries:
+            time.sleep(1)
+        counts.append(len(queries))
+    assert 0 < counts[1] <= counts[0] + 5
 
 
 @pytest.mark.parametrize("text", ["One ", ""])
