@@ -37,8 +37,8 @@ SAVE_INTERVAL = 1  # seconds at least between two saves of growing replies, and 
 READ_INTERVAL = 0.5  # seconds between two reads of the replies that other processes generate
 HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silent
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
-DELETED = ("", "deleted")  # what is stored of a reply that was deleted
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
+DELETED = ("", "deleted")  # text and status of a reply that was deleted
 
 
 class Reply:
@@ -98,11 +98,11 @@ class Reply:
         return True
 
     def load(self, text, status, sentence=None):
-        """Set what is stored, if it differs: another process generates the reply, or has ended it."""
+        """Set what is stored: another process generates the reply, or has ended it. A stored end stays as it is."""
         with self.changed:
             if not self.stored.is_set() and (text, status) != (self.text, self.status):
                 self.text, self.status = text, status
-                self.error = sentence and to_stored_error(sentence)
+                self.error = to_stored_error(sentence) if status == "failed" else None
                 self.changed.notify_all()
             if self.is_over:
                 self.stored.set()
@@ -164,14 +164,14 @@ def shorten(text):
 
 
 class ReplyManager:
-    """The replies that this process generates."""
+    """The replies that this process generates, and those of other processes that it follows."""
 
     def __init__(self, app, bot):
         self.app = app
         self.bot = bot
         self.replies = {}  # of this process by id, until their end is stored
-        self.others = {}  # of other processes by id, that are followed here
-        self.counts = Counter()  # of these and of titles, by user, of this process
+        self.counts = Counter()  # of these and of titles, by user
+        self.others = {}  # of other processes by id, that were asked for here, until they are over
         self.lock = Lock()
         self.wakeup = Event()
         self.is_saving = self.is_shutting_down = False
@@ -195,8 +195,8 @@ class ReplyManager:
         """Add a reply to a dict, and start the thread that looks after them; return the one that is in the dict now."""
         with self.lock:
             if not self.is_saving:
-                self.is_saving = True
                 Thread(target=self.save_in_background, name="replies", daemon=True).start()
+                self.is_saving = True
             return replies.setdefault(reply.id, reply)
 
     def reserve(self, user_id):
@@ -231,11 +231,12 @@ class ReplyManager:
 
     def stop(self, reply):
         """Stop a reply if it is in progress."""
-        if reply.id in self.replies:
-            self.end(reply, "stopped")
+        if own := self.replies.get(reply.id):
+            self.end(own, "stopped")
         elif not reply.is_over:
             set_stopped(reply.id)
-            self.read_others()
+            self.others_read_at = -math.inf  # now
+            self.wakeup.set()
 
     def create_title(self, user_id, history, request_id):
         """Return the bot's title for a first exchange, or the beginning of the message. Raises what reserve() does."""
@@ -315,32 +316,32 @@ class ReplyManager:
             self.app.logger.error("The reply failed", exc_info=error, extra=extra)
 
     def save_in_background(self):
-        """Save the replies of this process, and read others, until there are none for SAVE_INTERVAL."""
+        """Save the replies of this process, and read others, until there are none."""
         is_needed = True
         while is_needed:
-            is_woken = self.wakeup.wait(READ_INTERVAL if self.others else SAVE_INTERVAL)
+            is_woken = self.wakeup.wait(READ_INTERVAL)
             self.wakeup.clear()
             try:
                 with self.app.app_context():
                     self.save()
             except Exception as error:
                 reason = errors.get_reason(error) if errors.database_error_message(error) else format_traceback(error)
-                self.app.logger.error("Replies cannot be saved, trying again: %s", reason)
+                self.app.logger.error("Replies cannot be saved or read, trying again: %s", reason)
                 time.sleep(SAVE_INTERVAL)
             with self.lock:  # in which add() starts this thread
                 is_needed = self.is_saving = is_woken or bool(self.replies or self.others)
 
     def save(self):
-        """Store the replies that have ended; at intervals, look after those in progress, and read those of others."""
+        """Store the replies that have ended; at intervals, read those of others, and look after those in progress."""
+        if time.monotonic() - self.others_read_at >= READ_INTERVAL:
+            self.others_read_at = time.monotonic()
+            self.read_others()
         if self.replies and time.monotonic() - self.growth_saved_at >= SAVE_INTERVAL:
             self.growth_saved_at = time.monotonic()
             self.end_overdue()
             self.save_growth()
         if ended := [reply for reply in list(self.replies.values()) if reply.is_over]:
             self.store_ended(ended)
-        if time.monotonic() - self.others_read_at >= READ_INTERVAL:
-            self.others_read_at = time.monotonic()
-            self.read_others()
 
     def end_overdue(self):
         """End the replies that take too long, and those that another process has ended or deleted."""
@@ -379,13 +380,19 @@ class ReplyManager:
             reply.stored.set()
 
     def read_others(self):
-        """Read the replies of other processes that are followed here."""
+        """Read the replies of other processes that were asked for here. Only the thread that saves may call this."""
         replies = list(self.others.values())
         if not replies:
             return
         self.fail_abandoned()  # there may be no other request that does
-        rows = read_replies([reply.id for reply in replies])
+        try:
+            rows = read_replies([reply.id for reply in replies])
+        except SQLAlchemyError as error:
+            for reply in replies:  # as their end is not stored, follow() raises ServiceUnavailable
+                reply.end("failed", error)
+                del self.others[reply.id]
+            raise
         for reply in replies:
             reply.load(*rows.get(reply.id, DELETED))
             if reply.is_over:
-                self.others.pop(reply.id, None)
+                del self.others[reply.id]

@@ -23,6 +23,7 @@ from tests.conftest import (
     SHARED_SESSIONS,
     create_logged_in_client,
     create_other_client,
+    on_postgresql,
     on_sqlite,
 )
 from tests.helpers.bots import (
@@ -634,6 +635,22 @@ def test_follower_is_told_when_end_of_reply_cannot_be_stored(
     else:
         assert read_events(response)[-1] == ("error", unavailable, None)
     assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
+
+
+@on_postgresql
+def test_follower_at_another_process_is_told_when_the_reply_cannot_be_read(
+    ada, bot, gate, conversation_id, database, other_process, monkeypatch
+):
+    monkeypatch.setattr("app.replies.STORE_TIMEOUT", 0.5)
+    bot.steps = ["One ", gate.wait, "two"]
+    _, reply = start_reply(ada, conversation_id)
+    wait_for_text(other_process, conversation_id, reply["id"], "One ")
+    response = other_process.follow_reply(conversation_id, reply["id"], buffered=False)
+    with database_unavailable(database):
+        assert read_events(response)[-1] == ("error", {"error": "The database is unavailable, try again later"}, None)
+    gate.set()
+    assert get_texts(wait_for_end(ada, conversation_id)) == ["Hello", "One two"]
+    assert join_deltas(read_events(other_process.follow_reply(conversation_id, reply["id"]))) == "One two"
 
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

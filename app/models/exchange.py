@@ -176,9 +176,9 @@ def update_ends(ends):
 
 
 def update_replies(statement, texts, **values):
-    """Update the replies in progress that have these ids, in their order; return their number."""
-    texts = orjson.dumps(dict(sorted(texts.items())), option=orjson.OPT_NON_STR_KEYS).decode()
-    return db.session.execute(statement, {"texts": texts, **values}).rowcount
+    """Update those of the replies that are in progress; return their number."""
+    json = orjson.dumps(texts, option=orjson.OPT_NON_STR_KEYS).decode()
+    return db.session.execute(statement, {"texts": json, **values}).rowcount
 
 
 def read_replies(ids):

@@ -12,12 +12,12 @@ from flask import Blueprint, abort, current_app, g, make_response, request, stre
 from flask_login import current_user, login_required
 from orjson import Fragment
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 from werkzeug.exceptions import HTTPException
 
 from app import db
 from app.database import MAX_ID, fold_case
-from app.errors import error_message, log_database_error, to_http_exception
+from app.errors import error_message
 from app.models import Conversation, Message
 from app.models.exchange import Exchange, lock_conversation
 from app.replies import exchange_to_list
@@ -497,9 +497,8 @@ def generate_events(reply, updates, offset):
             id = f"{reply.id} {offset}"
             yield format_event("delta", {"text": text}, id) if text else b": the bot is working\n\n"
         exchange = reply.to_list()
-    except (HTTPException, SQLAlchemyError) as error:
-        log_database_error(error)
-        yield format_event("error", {"error": error_message(to_http_exception(error))})
+    except HTTPException as error:
+        yield format_event("error", {"error": error_message(error)})
         return
     last_id = f"{reply.id} {offset} end"
     if exchange[1].get("status") == "failed":
