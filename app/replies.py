@@ -5,12 +5,14 @@ one thread for each process saves all replies as they grow, stores how they ende
 that requests follow here. Requests follow a reply by a condition variable.
 """
 
+import logging
 import math
 import textwrap
 import time
 from collections import Counter
 from threading import Condition, Event, Lock, Thread
 
+from flask import current_app
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import BadGateway, HTTPException, NotFound, ServiceUnavailable, TooManyRequests
 
@@ -39,6 +41,8 @@ HEARTBEAT_INTERVAL = 10  # seconds between two heartbeats while the bot is silen
 SILENCE_INTERVAL = 15  # seconds without text after which a follower is told that the reply is still in progress
 STORE_TIMEOUT = 10  # seconds that a follower waits for the end of a reply to be stored
 DELETED = ("", "deleted")  # text and status of a reply that was deleted
+
+logger = logging.getLogger("app.replies")
 
 
 class Reply:
@@ -163,6 +167,53 @@ def shorten(text):
     return title if title != "…" else f"{text.split()[0][: MAX_TITLE_CHARS - 1]}…"
 
 
+def log_error(error, request_id):
+    """Log why a reply has failed, with a traceback if it is a bug."""
+    extra = {"request_id": request_id}
+    if isinstance(error, BotError):
+        logger.warning("The bot failed: %s: %s", type(error).__name__, str(error), extra=extra)
+    elif isinstance(error, SQLAlchemyError):
+        logger.error("The reply failed: %s", format_traceback(error), extra=extra)
+    elif error and not isinstance(error, HTTPException):
+        logger.error("The reply failed", exc_info=error, extra=extra)
+
+
+class Places:
+    """The places for replies in progress of this process: each user has MAX_CONCURRENT_REPLIES."""
+
+    def __init__(self):
+        self.counts = Counter()  # of replies and titles, by user
+        self.lock = Lock()
+        self.is_closed = False  # during a shutdown
+
+    def reserve(self, user_id):
+        """Take a place of a user, and count the reply for SEND_RATE_LIMIT.
+
+        Raises TooManyRequests beyond MAX_CONCURRENT_REPLIES and SEND_RATE_LIMIT, ServiceUnavailable during a shutdown.
+        """
+        with self.lock:
+            if self.is_closed:
+                raise ServiceUnavailable("The server is restarting, try again later", retry_after=errors.RETRY_AFTER)
+            if self.counts[user_id] >= current_app.config["MAX_CONCURRENT_REPLIES"]:
+                raise TooManyRequests("Too many replies in progress, try again later", retry_after=errors.RETRY_AFTER)
+            self.counts[user_id] += 1
+        try:
+            record_send(user_id)
+        except BaseException:
+            self.release(user_id)
+            raise
+
+    def release(self, user_id):
+        """Give a place of a user back."""
+        with self.lock:
+            self.counts -= Counter([user_id])  # which drops a count of 0
+
+    def close(self):
+        """Refuse new replies."""
+        with self.lock:
+            self.is_closed = True
+
+
 class ReplyManager:
     """The replies that this process generates, and those of other processes that it follows."""
 
@@ -170,21 +221,21 @@ class ReplyManager:
         self.app = app
         self.bot = bot
         self.replies = {}  # of this process by id, until their end is stored
-        self.counts = Counter()  # of these and of titles, by user
+        self.places = Places()
         self.others = {}  # of other processes by id, that were asked for here, until they are over
         self.lock = Lock()
         self.wakeup = Event()
-        self.is_saving = self.is_shutting_down = False
+        self.is_saving = False
         self.growth_saved_at = self.others_read_at = self.checked_at = -math.inf
 
     def start(self, exchange, request_id):
-        """Commit the session with a new exchange, and generate its reply; return that. Raises what reserve() does."""
-        self.reserve(exchange.user_id)
+        """Commit the session with a new exchange, and generate its reply; return that. Raises as Places.reserve()."""
+        self.places.reserve(exchange.user_id)
         try:
             history = exchange.read_history(self.app.config["BOT_HISTORY_CHARS"])
             db.session.commit()
         except BaseException:
-            self.release(exchange.user_id)
+            self.places.release(exchange.user_id)
             raise
         reply = Reply(exchange, request_id)  # until it is in the dict, another request finds its row, which is enough
         self.add(self.replies, reply)
@@ -198,28 +249,6 @@ class ReplyManager:
                 Thread(target=self.save_in_background, name="replies", daemon=True).start()
                 self.is_saving = True
             return replies.setdefault(reply.id, reply)
-
-    def reserve(self, user_id):
-        """Take one of a user's places for replies in progress, and count it for SEND_RATE_LIMIT.
-
-        Raises TooManyRequests beyond MAX_CONCURRENT_REPLIES and SEND_RATE_LIMIT, ServiceUnavailable during a shutdown.
-        """
-        with self.lock:
-            if self.is_shutting_down:
-                raise ServiceUnavailable("The server is restarting, try again later", retry_after=errors.RETRY_AFTER)
-            if self.counts[user_id] >= self.app.config["MAX_CONCURRENT_REPLIES"]:
-                raise TooManyRequests("Too many replies in progress, try again later", retry_after=errors.RETRY_AFTER)
-            self.counts[user_id] += 1
-        try:
-            record_send(user_id)
-        except BaseException:
-            self.release(user_id)
-            raise
-
-    def release(self, user_id):
-        """Count one reply of a user less."""
-        with self.lock:
-            self.counts -= Counter([user_id])  # which drops a count of 0
 
     def get(self, exchange):
         """Return the reply of an exchange that was read: one of this process, or what is stored, which may grow."""
@@ -239,16 +268,16 @@ class ReplyManager:
             self.wakeup.set()
 
     def create_title(self, user_id, history, request_id):
-        """Return the bot's title for a first exchange, or the beginning of the message. Raises what reserve() does."""
-        self.reserve(user_id)
+        """Return the bot's title for a first exchange, or the beginning of the message. Raises as Places.reserve()."""
+        self.places.reserve(user_id)
         title = ""
         try:
             if hasattr(self.bot, "create_title"):
                 title = sanitize(self.bot.create_title(history))
         except Exception as error:
-            self.log_error(error, request_id)
+            log_error(error, request_id)
         finally:
-            self.release(user_id)
+            self.places.release(user_id)
         return shorten(history[0][1] if is_blank(title) else title)
 
     def fail_abandoned(self):
@@ -258,14 +287,13 @@ class ReplyManager:
             try:
                 set_abandoned_failed(set(self.replies))
             except SQLAlchemyError as error:
-                self.app.logger.warning("Abandoned replies cannot be ended now: %s", errors.get_reason(error))
+                logger.warning("Abandoned replies cannot be ended now: %s", errors.get_reason(error))
 
     def shutdown(self, timeout):
         """Take no new replies, wait some seconds for those in progress, then end the others as failed."""
-        with self.lock:
-            self.is_shutting_down = True
+        self.places.close()
         deadline = time.monotonic() + timeout
-        while self.counts and time.monotonic() < deadline:
+        while self.places.counts and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
             self.end(reply, "failed", ServiceUnavailable(INTERRUPTED, retry_after=errors.RETRY_AFTER))
@@ -296,24 +324,14 @@ class ReplyManager:
                 method()
         except BaseException as error:
             extra = {"request_id": reply.request_id}
-            self.app.logger.error("The bot's %s() failed", name, exc_info=error, extra=extra)
+            logger.error("The bot's %s() failed", name, exc_info=error, extra=extra)
 
     def end(self, reply, status, error=None):
         """End a reply unless it has ended, cancel the bot, and have the end stored."""
         if reply.end(status, error):
             self.wakeup.set()
             self.call_source(reply, "cancel")
-            self.log_error(error, reply.request_id)
-
-    def log_error(self, error, request_id):
-        """Log why a reply has failed, with a traceback if it is a bug."""
-        extra = {"request_id": request_id}
-        if isinstance(error, BotError):
-            self.app.logger.warning("The bot failed: %s: %s", type(error).__name__, str(error), extra=extra)
-        elif isinstance(error, SQLAlchemyError):
-            self.app.logger.error("The reply failed: %s", format_traceback(error), extra=extra)
-        elif error and not isinstance(error, HTTPException):
-            self.app.logger.error("The reply failed", exc_info=error, extra=extra)
+            log_error(error, reply.request_id)
 
     def save_in_background(self):
         """Save the replies of this process, and read others, until there are none."""
@@ -326,7 +344,7 @@ class ReplyManager:
                     self.save()
             except Exception as error:
                 reason = errors.get_reason(error) if errors.database_error_message(error) else format_traceback(error)
-                self.app.logger.error("Replies cannot be saved or read, trying again: %s", reason)
+                logger.error("Replies cannot be saved or read, trying again: %s", reason)
                 time.sleep(SAVE_INTERVAL)
             with self.lock:  # in which add() starts this thread
                 is_needed = self.is_saving = is_woken or bool(self.replies or self.others)
@@ -374,7 +392,7 @@ class ReplyManager:
         rows = {} if is_stored else read_replies([reply.id for reply in replies])
         for reply in replies:
             del self.replies[reply.id]
-            self.release(reply.exchange.user_id)
+            self.places.release(reply.exchange.user_id)
             if not is_stored:
                 reply.load(*rows.get(reply.id, DELETED))
             reply.stored.set()
