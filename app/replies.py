@@ -184,7 +184,7 @@ class Places:
     def __init__(self):
         self.counts = Counter()  # of replies and titles, by user
         self.lock = Lock()
-        self.is_closed = False  # during a shutdown
+        self.is_closed = False  # True during a shutdown
 
     def reserve(self, user_id):
         """Take a place of a user, and count the reply for SEND_RATE_LIMIT.
@@ -207,11 +207,6 @@ class Places:
         """Give a place of a user back."""
         with self.lock:
             self.counts -= Counter([user_id])  # which drops a count of 0
-
-    def close(self):
-        """Refuse new replies."""
-        with self.lock:
-            self.is_closed = True
 
 
 class ReplyManager:
@@ -291,7 +286,7 @@ class ReplyManager:
 
     def shutdown(self, timeout):
         """Take no new replies, wait some seconds for those in progress, then end the others as failed."""
-        self.places.close()
+        self.places.is_closed = True
         deadline = time.monotonic() + timeout
         while self.places.counts and time.monotonic() < deadline:
             time.sleep(0.05)

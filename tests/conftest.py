@@ -35,6 +35,20 @@ SHARED_SESSIONS = {"SECRET_KEY": "for tests only, of all processes", "SESSIONS_V
 RESET_IDS = """SELECT setval(pg_get_serial_sequence(quote_ident(name), 'id'), 1, false)
                FROM unnest(ARRAY['user', 'conversation', 'message']) AS name"""
 DATABASES = ["sqlite", pytest.param("postgresql", marks=needs_postgresql)]
+WRITES = [  # in this order, all succeed
+    ("POST", "/api/signup", {"username": "eve", "password": PASSWORD}),
+    ("POST", "/api/login", {"username": "ada", "password": PASSWORD}),
+    ("POST", "/api/conversations", {"name": "New"}),
+    ("PUT", "/api/conversations/1", {"name": "New"}),
+    ("PATCH", "/api/conversations/1", {"name": "New"}),
+    ("POST", "/api/conversations/1/messages", {"text": "Hello"}),
+    ("POST", "/api/conversations/1/messages/2/stop", None),
+    ("PUT", "/api/conversations/1/messages/1", {"text": "Hello"}),
+    ("DELETE", "/api/conversations/1", None),
+    ("PUT", "/api/password", {"current_password": PASSWORD, "new_password": PASSWORD}),
+    ("POST", "/api/logout/1", None),
+    ("DELETE", "/api/account", {"password": PASSWORD}),
+]
 on_sqlite, on_postgresql = (pytest.mark.parametrize("database", [each], indirect=True) for each in DATABASES)
 
 

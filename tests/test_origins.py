@@ -3,7 +3,7 @@
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-from tests.conftest import PASSWORD, on_sqlite
+from tests.conftest import WRITES, on_sqlite
 from tests.helpers.data import get_answer
 from tests.helpers.statuses import STATUSES, failing_bot, request_every_status
 
@@ -16,21 +16,6 @@ OTHER_ORIGINS = [
     *("http://localhost:30000", "http://localhost.evil.example", "http://localhost:3000.evil.example"),
     *("http://evil.example/http://localhost", "http://user@localhost", f"{ALLOWED}, {ALLOWED}", f"{ALLOWED}/"),
     *("http://xn--a", "http://[", "http://[::1]", "http://[::1]:3000", "http://localhost:99999", "é", "x" * 8000),
-]
-CONVERSATION = "/api/conversations/1"
-WRITES = [  # in this order, all succeed
-    ("POST", "/api/signup", {"username": "eve", "password": PASSWORD}),
-    ("POST", "/api/login", {"username": "ada", "password": PASSWORD}),
-    ("POST", "/api/conversations", {"name": "New"}),
-    ("PUT", CONVERSATION, {"name": "New"}),
-    ("PATCH", CONVERSATION, {"name": "New"}),
-    ("POST", f"{CONVERSATION}/messages", {"text": "Hello"}),
-    ("POST", f"{CONVERSATION}/messages/2/stop", None),
-    ("PUT", f"{CONVERSATION}/messages/1", {"text": "Hello"}),
-    ("DELETE", CONVERSATION, None),
-    ("PUT", "/api/password", {"current_password": PASSWORD, "new_password": PASSWORD}),
-    ("POST", "/api/logout/1", None),
-    ("DELETE", "/api/account", {"password": PASSWORD}),
 ]
 LOGIN = WRITES[1][2]
 
@@ -201,7 +186,7 @@ def test_preflight_of_an_allowed_origin_allows_every_write(client):
 def test_preflight_allows_the_request_headers_of_the_api_only(client):
     allowed = ["accept", "content-type", "idempotency-key", "if-none-match", "last-event-id", "prefer", "x-request-id"]
     for name in (*allowed, "authorization", "x-forwarded-for", "x-unknown", "*"):
-        response = ask(client, f"{CONVERSATION}/messages", "POST", name)
+        response = ask(client, "/api/conversations/1/messages", "POST", name)
         names = response.headers.get("Access-Control-Allow-Headers", "").lower().split(", ")
         assert (name in names) is (name in allowed), name
 

@@ -644,7 +644,6 @@ def test_follower_at_another_process_is_told_when_the_reply_cannot_be_read(
     monkeypatch.setattr("app.replies.STORE_TIMEOUT", 0.5)
     bot.steps = ["One ", gate.wait, "two"]
     _, reply = start_reply(ada, conversation_id)
-    wait_for_text(other_process, conversation_id, reply["id"], "One ")
     response = other_process.follow_reply(conversation_id, reply["id"], buffered=False)
     with database_unavailable(database):
         assert read_events(response)[-1] == ("error", {"error": "The database is unavailable, try again later"}, None)

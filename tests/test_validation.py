@@ -6,21 +6,11 @@ from itertools import product
 
 import pytest
 
-from tests.conftest import PASSWORD
+from tests.conftest import PASSWORD, WRITES
 from tests.helpers.data import get_answer
 
 CONVERSATION = "/api/conversations/1"
-ENDPOINTS = [
-    ("POST", "/api/signup", {"username": "eve", "password": PASSWORD}),
-    ("POST", "/api/login", {"username": "ada", "password": PASSWORD}),
-    ("POST", "/api/conversations", {"name": "New"}),
-    ("PUT", CONVERSATION, {"name": "New"}),
-    ("PATCH", CONVERSATION, {"name": "New"}),
-    ("POST", f"{CONVERSATION}/messages", {"text": "Hello"}),
-    ("PUT", f"{CONVERSATION}/messages/1", {"text": "Hello"}),
-    ("PUT", "/api/password", {"current_password": PASSWORD, "new_password": PASSWORD}),
-    ("DELETE", "/api/account", {"password": PASSWORD}),
-]
+ENDPOINTS = [write for write in WRITES if write[2]]
 MAX_LENGTHS = {"username": 80, "name": 255, "text": 100_000}
 FIELDS = [(*endpoint, field) for endpoint in ENDPOINTS for field in endpoint[2]]
 

@@ -1,7 +1,4 @@
-"""Eight abusive clients at once, and a well-behaved one that must not notice, and of which nothing may be lost.
-
-It lasts as many seconds as the environment variable ABUSE_SECONDS says, 20 by default.
-"""
+"""Eight abusive clients at once, and a well-behaved one that must not notice, and of which nothing may be lost."""
 
 import os
 import time
@@ -11,7 +8,7 @@ from multiprocessing import get_context
 
 from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all
 
-ABUSE_SECONDS = int(os.environ.get("ABUSE_SECONDS", "20"))
+ABUSE_SECONDS = 20
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
 

@@ -20,16 +20,7 @@ from app import create_app, db
 from tests.conftest import on_sqlite
 from tests.helpers.bots import ASYNC, join_deltas
 from tests.helpers.data import execute
-from tests.helpers.server import (
-    PASSWORD,
-    ROOT,
-    TIMEOUT,
-    measure,
-    parse_events,
-    run_all,
-    run_in_background,
-    wait_until,
-)
+from tests.helpers.server import PASSWORD, ROOT, TIMEOUT, measure, parse_events, run_all, run_in_background, wait_until
 from tests.slow.conftest import run_server
 
 MAX_SECONDS = 15  # until a silent database is a 503

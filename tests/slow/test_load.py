@@ -7,15 +7,7 @@ import time
 from contextlib import ExitStack
 
 from tests.conftest import on_sqlite
-from tests.helpers.server import (
-    TIMEOUT,
-    connect,
-    format_head,
-    measure,
-    run_concurrently,
-    run_in_background,
-    wait_until,
-)
+from tests.helpers.server import TIMEOUT, connect, format_head, measure, run_concurrently, run_in_background, wait_until
 
 REPLY = "".join(f"{number} " for number in range(1, 21))
 
