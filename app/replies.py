@@ -215,8 +215,8 @@ class ReplyManager:
     def __init__(self, app, bot):
         self.app = app
         self.bot = bot
-        self.replies = {}  # of this process by id, until their end is stored
         self.places = Places()
+        self.replies = {}  # of this process by id, until their end is stored
         self.others = {}  # of other processes by id, that were asked for here, until they are over
         self.lock = Lock()
         self.wakeup = Event()
@@ -259,7 +259,7 @@ class ReplyManager:
             self.end(own, "stopped")
         elif not reply.is_over:
             set_stopped(reply.id)
-            self.others_read_at = -math.inf  # now
+            self.others_read_at = -math.inf  # so that it is read at once
             self.wakeup.set()
 
     def create_title(self, user_id, history, request_id):
@@ -291,7 +291,7 @@ class ReplyManager:
         while self.places.counts and time.monotonic() < deadline:
             time.sleep(0.05)
         for reply in list(self.replies.values()):
-            self.end(reply, "failed", ServiceUnavailable(INTERRUPTED, retry_after=errors.RETRY_AFTER))
+            self.end(reply, "failed", to_stored_error(INTERRUPTED))
         deadline = time.monotonic() + 2  # to store them
         while self.replies and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -44,6 +44,7 @@ from tests.helpers.data import (
     add_conversations,
     age_heartbeats,
     count_messages,
+    execute,
     get_answer,
     get_texts,
 )
@@ -175,6 +176,13 @@ def test_history_has_at_most_bot_history_chars(make_app, bot):
         client.send_message(conversation_id, f"{number}" * 300)
     exchange = [("user", "3" * 300), ("bot", "x" * 100)]
     assert bot.histories[-1] == [("bot", "x" * 100), *exchange, ("user", "4" * 300)]
+
+
+def test_history_leaves_out_a_blank_reply_of_an_earlier_version_of_the_program(app, ada, bot, conversation_id):
+    _, reply = ada.send_message(conversation_id, "First").json
+    execute(app, "UPDATE message SET text = :text WHERE id = :id", text="\u200b", id=reply["id"])
+    ada.send_message(conversation_id, "Second")
+    assert bot.histories[-1] == [("user", "First"), ("user", "Second")]
 
 
 def test_history_has_at_most_200_messages_before_the_new_one(app, ada, bot):

@@ -10,6 +10,7 @@ from app import db
 from app.database import autocommit, database_now, json_each
 from app.models.conversation import Conversation
 from app.models.message import Message, message_to_dict
+from app.validation import is_blank
 
 HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a reply in progress is abandoned: it has failed
 INTERRUPTED = "The server was stopped"  # the error of such a reply, and of one that a shutdown has ended
@@ -123,7 +124,7 @@ class Exchange:
     def read_history(self, max_chars):
         """Return what the bot gets, [(sender, text)], oldest first: the question, and as much before it as fits.
 
-        Empty replies are left out, and the questions of those that failed.
+        Blank replies are left out, and the questions of those that failed.
         """
         text = self.question["text"]
         room = max(0, max_chars - len(text))
@@ -131,7 +132,7 @@ class Exchange:
         history = [("user", text)]
         is_question_of_failed = False
         for sender, message_text, status in db.session.execute(SELECT_HISTORY, values).all():
-            is_left_out = is_question_of_failed or not message_text
+            is_left_out = is_question_of_failed or is_blank(message_text[:1000])
             is_question_of_failed = not message_text and status == "failed"
             if is_left_out:
                 continue

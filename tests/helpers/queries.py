@@ -103,7 +103,7 @@ def explain_for_sqlite(connection, statement, parameters):
     driver_connection.set_progress_handler(None, 0)
     steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
     plan = "\n".join(step[-1] for step in steps)
-    full_scan = r"SCAN (?!anon_|above|below|CONSTANT)\w+\b(?! VIRTUAL)"  # a virtual table is an array of JSON
+    full_scan = r"SCAN (?!anon_|above|below|CONSTANT)\w+\b(?! VIRTUAL)"  # a virtual table is json_each()
     scans = re.findall(rf"{full_scan}|(?<!SCAN anon_\d\n)USE TEMP B-TREE FOR ORDER BY", plan)
     # A partial index has no rows but those of its condition.
     scans = [scan for scan in scans if f"{scan} USING INDEX ix_message_in_progress" not in plan]

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 
 from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all
 
-ABUSE_SECONDS = 20
+ABUSE_SECONDS = 30
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
 

@@ -1,7 +1,6 @@
 """Clients generated from the API description, in TypeScript and Python: they generate, compile, and work."""
 
 import os
-import re
 import sys
 from importlib.util import find_spec
 
@@ -105,5 +104,6 @@ def test_incompatible_description_fails_the_type_check(clients, description):
         description = description.replace(old, new)
     generate(clients, description, "generate:openapi-typescript")
     errors = run(clients, "npm", "run", "--silent", "check").stdout
-    for name in ("sender", "/api/logout/{user_id}", "before", "text"):
-        assert re.search(rf"error TS\d+: .*{re.escape(name)}\W.* (not exist|not assignable)", errors, re.DOTALL), errors
+    for name in ("sender", "before", "text"):
+        assert f"'{name}' does not exist" in errors, errors
+    assert "'\"/api/logout/{user_id}\"' is not assignable" in errors, errors

@@ -80,7 +80,7 @@ def test_stop_at_other_server_closes_connection_of_model(model, model_servers):
             seconds, response = measure(other.post, f"{exchange.path}/stop")
             rest = list(stream)
         stopped = response.json
-        assert (response.status, stopped["status"], seconds < 20) == (200, "stopped", True)
+        assert (response.status, stopped["status"], seconds < 10) == (200, "stopped", True)
         # The follower has received what was not stored yet.
         assert join_deltas(received + rest).startswith(stopped["text"])
         assert len(join_deltas(received)) - len(stopped["text"]) < len("word ") * 20
@@ -115,7 +115,7 @@ def test_deletion_at_other_server_closes_connection_of_model(model, model_server
             assert other.delete(path, {"password": PASSWORD}).status == 204
             seconds, is_closed = measure(model.wait_for_hang_up)
             assert list(stream)[-1][:2] == ("error", {"error": "Conversation not found"})
-        assert (is_closed, seconds < 20) == (True, True)
+        assert (is_closed, seconds < 10) == (True, True)
 
 
 @on_sqlite

@@ -84,7 +84,7 @@ def before_call(context, case, kwargs):
         if name in (case.query or {}):
             case.query.update({**required, **case.query})
 """
-OPTIONS = ("--max-examples=8", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
+OPTIONS = ("--max-examples=15", "--seed=1", "--continue-on-failure", "--no-color", "--warnings=off")
 
 
 def test_served_program_matches_its_description(tmp_path):
