@@ -8,7 +8,6 @@ from multiprocessing import get_context
 
 from tests.helpers.server import PASSWORD, TIMEOUT, HttpClient, connect, format_head, receive_all
 
-ABUSE_SECONDS = 30
 LONG_MESSAGES = 40
 LOST_CONNECTION = (OSError, HTTPException)
 
@@ -159,7 +158,7 @@ def test_abusive_clients_do_not_slow_down_others(serve):
     server = serve(PASSWORD_HASH_METHOD="", SIGNUP_RATE_LIMIT="1000 per minute")
     workers = server.all_workers()
     with server.create_logged_in_client("ada") as client, run_abuses(server):
-        behave_well(client, ABUSE_SECONDS)
+        behave_well(client, seconds=30)
     assert server.workers() == workers
     assert "Traceback" not in server.output
     assert PASSWORD not in server.output
